@@ -1,0 +1,186 @@
+"""Causal self-attention: grouped-query and multi-head latent, over torch's scaled_dot_product_attention."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, Rotary
+from moe.moe_layer import Linear
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32, returned in x's type (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return nn.functional.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+
+
+def rotary_frequencies(rotary: Rotary, rotated_dim: int) -> Tensor:
+    """Angular frequency of each rotated pair [rotated_dim / 2], float32, with YaRN's ramp if configured (arXiv 2309.00071 eq. 19-23)."""
+    exponent = torch.arange(0, rotated_dim, 2, dtype=torch.float64) / rotated_dim
+    frequency = rotary.base**-exponent
+    yarn = rotary.yarn
+    if yarn is None:
+        return frequency.float()
+
+    def pair_of(rotations: float) -> float:
+        """Index of the pair that turns `rotations` times over the original context."""
+        return rotated_dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rotary.base))
+
+    low, high = max(math.floor(pair_of(yarn.beta_fast)), 0), min(math.ceil(pair_of(yarn.beta_slow)), rotated_dim - 1)
+    pairs = torch.arange(rotated_dim // 2, dtype=torch.float64)
+    interpolated = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    return (frequency / yarn.factor * interpolated + frequency * (1 - interpolated)).float()
+
+
+def yarn_temperature(factor: float, coefficient: float) -> float:
+    """YaRN's attention temperature 0.1·coefficient·ln(factor) + 1 (arXiv 2309.00071 eq. 22); 1 without extension."""
+    return 0.1 * coefficient * math.log(factor) + 1.0 if factor > 1 and coefficient else 1.0
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of every position, shared by all layers; half-rotation layout."""
+
+    frequency: Tensor
+
+    def __init__(self, rotary: Rotary, rotated_dim: int):
+        super().__init__()
+        self.register_buffer("frequency", rotary_frequencies(rotary, rotated_dim), persistent=False)
+        yarn = rotary.yarn
+        self.scale = 1.0
+        if yarn is not None:
+            whole = yarn_temperature(yarn.factor, yarn.mscale_all_dim)
+            self.scale = yarn_temperature(yarn.factor, yarn.mscale) / whole
+
+    def forward(self, position_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [S] to cosines and sines [S, rotated_dim], float32."""
+        angle = torch.outer(position_S.float(), self.frequency)
+        angle = torch.cat((angle, angle), dim=-1)
+        return angle.cos() * self.scale, angle.sin() * self.scale
+
+
+def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first dimensions of x [B, N, S, H] by the angles of its positions; the rest passes."""
+    cos, sin = (t.to(x.dtype) for t in cos_sin)
+    rotated_dim = cos.shape[-1]
+    turned, passed = x[..., :rotated_dim], x[..., rotated_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, passed), dim=-1) if passed.shape[-1] else turned
+
+
+def attention_mask(position_S: Tensor, document_BS: Tensor | None, window: int) -> Tensor | None:
+    """True where a query may see a key: [1 or B, 1, S, S] bool; None for plain causal attention."""
+    if document_BS is None and window == 0:
+        return None
+    distance_SS = position_S.unsqueeze(1) - position_S.unsqueeze(0)
+    mask = (distance_SS >= 0) if window == 0 else (distance_SS >= 0) & (distance_SS < window)
+    mask = mask.view(1, 1, *mask.shape)
+    if document_BS is not None:
+        mask = mask & (document_BS.unsqueeze(2) == document_BS.unsqueeze(1)).unsqueeze(1)
+    return mask
+
+
+class GroupedQuery(nn.Module):
+    """Grouped-query attention with optional biases, query/key norms and sinks."""
+
+    def __init__(self, config: GroupedQueryAttention, model: Model):
+        super().__init__()
+        D, N, M, H = model.dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.config = config
+        self.query = Linear(D, N * H, bias=config.qkv_bias)
+        self.key = Linear(D, M * H, bias=config.qkv_bias)
+        self.value = Linear(D, M * H, bias=config.qkv_bias)
+        self.out = Linear(N * H, D, bias=config.out_bias)
+        self.query_norm = self.key_norm = None
+        if config.qk_norm != "none":
+            full = config.qk_norm == "full"
+            self.query_norm = RMSNorm(N * H if full else H, model.norm_eps)
+            self.key_norm = RMSNorm(M * H if full else H, model.norm_eps)
+        self.sink_N = nn.Parameter(torch.zeros(N)) if config.sinks else None
+        yarn = model.rotary.yarn
+        whole = yarn_temperature(yarn.factor, yarn.mscale_all_dim) if yarn is not None else 1.0
+        self.scale = whole * whole / math.sqrt(H)
+
+    def forward(self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        H = self.config.head_dim
+        query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)
+        if self.query_norm is not None and self.config.qk_norm == "full":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = (t.unflatten(-1, (-1, H)).transpose(1, 2) for t in (query, key, value))
+        if self.query_norm is not None and self.config.qk_norm == "head":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate(query, cos_sin), rotate(key, cos_sin)
+        if self.sink_N is not None:
+            out = self._with_sinks(query, key, value, mask)
+        else:
+            grouped = self.config.num_heads != self.config.num_kv_heads
+            out = scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
+            )
+        return self.out(out.transpose(1, 2).flatten(2))
+
+    def _with_sinks(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Put the sink into the softmax as key 0, whose logit is sink_N for every query and whose value is zero.
+
+        An extra dimension holds 1 in queries, sink/scale in key 0 and 0 in the others, so that the product is exact.
+        """
+        assert self.sink_N is not None
+        B, N, S, H = query.shape
+        groups = N // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        sink = (self.sink_N / self.scale).to(query.dtype).view(1, N, 1, 1).expand(B, N, 1, 1)
+        sink_key = torch.cat((key.new_zeros(B, N, 1, H), sink), dim=3)
+        key = torch.cat((sink_key, pad(key, (0, 1))), dim=2)
+        value = pad(value, (0, 1, 1, 0))
+        query = pad(query, (0, 1), value=1.0)
+        if mask is None:
+            mask = torch.ones(1, 1, S, S, dtype=torch.bool, device=query.device).tril()
+        mask = pad(mask, (1, 0), value=True)
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)[..., :H]
+
+
+class Latent(nn.Module):
+    """Multi-head latent attention; keys and values are expanded from a vector of rank kv_rank."""
+
+    def __init__(self, config: LatentAttention, model: Model):
+        super().__init__()
+        D, N = model.dim, config.num_heads
+        self.config = config
+        query_dim = N * (config.nope_dim + config.rope_dim)
+        self.query_down = Linear(D, config.q_rank, bias=False) if config.q_rank else None
+        self.query_norm = RMSNorm(config.q_rank, model.norm_eps) if config.q_rank else None
+        self.query = Linear(config.q_rank or D, query_dim, bias=False)
+        self.kv_down = Linear(D, config.kv_rank + config.rope_dim, bias=False)
+        self.kv_norm = RMSNorm(config.kv_rank, model.norm_eps)
+        self.kv = Linear(config.kv_rank, N * (config.nope_dim + config.value_dim), bias=False)
+        self.out = Linear(N * config.value_dim, D, bias=False)
+        yarn = model.rotary.yarn
+        whole = yarn_temperature(yarn.factor, yarn.mscale_all_dim) if yarn is not None else 1.0
+        self.scale = whole * whole / math.sqrt(config.nope_dim + config.rope_dim)
+
+    def forward(self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        config, N = self.config, self.config.num_heads
+        if self.query_down is not None and self.query_norm is not None:
+            query = self.query(self.query_norm(self.query_down(x_BSD)))
+        else:
+            query = self.query(x_BSD)
+        query = query.unflatten(-1, (N, -1)).transpose(1, 2)
+        latent, key_rope = self.kv_down(x_BSD).split((config.kv_rank, config.rope_dim), dim=-1)
+        kv = self.kv(self.kv_norm(latent)).unflatten(-1, (N, -1)).transpose(1, 2)
+        key_nope, value = kv.split((config.nope_dim, config.value_dim), dim=-1)
+        query_nope, query_rope = query.split((config.nope_dim, config.rope_dim), dim=-1)
+        key_rope = rotate(key_rope.unsqueeze(1), cos_sin).expand(-1, N, -1, -1)
+        query = torch.cat((query_nope, rotate(query_rope, cos_sin)), dim=-1)
+        key = torch.cat((key_nope, key_rope), dim=-1)
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )
+        return self.out(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,76 @@
+"""Losses and statistics that routers share. Each loss is an additive part of the whole step's value.
+
+A sum over micro-batches and ranks of these parts is the step's value, and the sum of their gradients is its gradient,
+because every denominator is a count over the whole step, known before the first forward pass.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe.config.schema import Balance
+from moe.routing import Counts, Loss, Tokens, count_rows
+
+
+def balance_loss(share_TE: Tensor, expert_R: Tensor, token_R: Tensor, tokens: Tokens, balance: Balance, layer: int) -> Loss:
+    """Load-balancing loss E·Σ_e f_e·P_e: 1.0 at perfect balance for every K and E (Switch, arXiv 2101.03961 eq. 4, with f over rows).
+
+    Args: share_TE [T, E] float32, rows summing to 1; expert_R [R] selected experts before capacity (E: nobody); token_R [R].
+    `sequence`: f and P within each batch row, averaged over rows. `global`: f over the whole step (arXiv 2501.11873), P
+    averaged over the step's tokens. `micro_batch`: f over this micro-batch.
+    """
+    with torch.set_grad_enabled(torch.is_grad_enabled() and balance.weight > 0):
+        value = _balance_value(share_TE, expert_R, token_R, tokens, balance.scope, layer)
+    return Loss(value, balance.weight)
+
+
+def _balance_value(share_TE: Tensor, expert_R: Tensor, token_R: Tensor, tokens: Tokens, scope: str, layer: int) -> Tensor:
+    E = share_TE.shape[1]
+    B = tokens.num_rows
+    valid_TE = tokens.valid_T.unsqueeze(1).to(share_TE.dtype)
+    routed_R = torch.where(tokens.valid_T.index_select(0, token_R), expert_R, E)
+    if scope == "sequence":
+        S = share_TE.shape[0] // max(B, 1)
+        row_R = token_R // max(S, 1)
+        counts_BE = count_rows(row_R * (E + 1) + routed_R, B * (E + 1)).view(B, E + 1)[:, :E].to(share_TE.dtype)
+        f_BE = counts_BE / counts_BE.sum(1, keepdim=True).clamp(min=1)
+        p_BE = (share_TE * valid_TE).view(B, S, E).sum(1) / valid_TE.view(B, S).sum(1, keepdim=True).clamp(min=1)
+        return E * (f_BE * p_BE).sum() / tokens.step_rows.clamp(min=1)
+    if scope == "micro_batch" or (tokens.step_counts_LE is None and tokens.sum_over_ranks is None):
+        counts_E = count_rows(routed_R, E)
+    elif tokens.step_counts_LE is not None:
+        counts_E = tokens.step_counts_LE[layer]
+    else:
+        assert tokens.sum_over_ranks is not None
+        counts_E = tokens.sum_over_ranks(count_rows(routed_R, E))
+    f_E = counts_E.to(share_TE.dtype) / counts_E.sum().clamp(min=1)
+    return E * (f_E * (share_TE * valid_TE).sum(0)).sum() / tokens.step_tokens.clamp(min=1)
+
+
+def z_loss(logits_TE: Tensor, tokens: Tokens, weight: float) -> Loss:
+    """Router z-loss: mean over the step's tokens of logsumexp(logits)² (ST-MoE, arXiv 2202.08906 eq. 5)."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
+        squares_T = logits_TE.logsumexp(1).square() * tokens.valid_T
+        return Loss(squares_T.sum() / tokens.step_tokens.clamp(min=1), weight)
+
+
+@torch.no_grad()
+def score_statistics(share_TE: Tensor, logits_TE: Tensor, tokens: Tokens) -> Counts:
+    """Sums over valid tokens of the score entropy (nats) and of the top-1 margin, the token count, and the largest |logit|."""
+    valid_T = tokens.valid_T
+    entropy_T = torch.special.entr(share_TE).sum(1)
+    top_T2 = share_TE.topk(min(2, share_TE.shape[1]), dim=1).values
+    margin_T = top_T2[:, 0] - top_T2[:, 1] if top_T2.shape[1] == 2 else torch.ones_like(entropy_T)
+    logit_max = (logits_TE.abs() * valid_T.unsqueeze(1)).amax() if logits_TE.numel() else logits_TE.new_zeros(())
+    return {
+        "entropy_sum": (entropy_T * valid_T).sum(),
+        "margin_sum": (margin_T * valid_T).sum(),
+        "token_sum": valid_T.sum().float(),
+        "logit_max": logit_max,
+    }
+
+
+def capacity_of(capacity_factor: float, tokens_per_row: int, top_k: int, num_experts: int) -> int:
+    """Rows that an expert accepts from one batch row: ceil(capacity_factor · S · K / E), at least 1."""
+    return max(1, math.ceil(capacity_factor * tokens_per_row * top_k / num_experts))

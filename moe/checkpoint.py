@@ -1,0 +1,142 @@
+"""Checkpoints through torch's distributed checkpoint: written aside, flushed, then published by one rename.
+
+A folder `step_00000100` is therefore always whole: whatever moment a process dies at, the newest published checkpoint is a
+complete one. It holds the model, the optimizer, router state, and `meta.json` with the step, the configuration and the
+size of every file.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+from moe.errors import CheckpointError
+from moe.metrics import SCHEMA_VERSION, write_json
+from moe.parallel import Ranks
+
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A published checkpoint."""
+
+    path: Path
+    step: int
+    meta: dict[str, Any]
+
+
+def checkpoint_root(out: Path) -> Path:
+    """Where a run's checkpoints are."""
+    return out / "checkpoints"
+
+
+def published(out: Path) -> list[Saved]:
+    """The run's whole checkpoints, oldest first. Raises CheckpointError for one whose files have changed since."""
+    found = []
+    for path in sorted(checkpoint_root(out).glob("step_*")):
+        meta_path = path / "meta.json"
+        if not meta_path.is_file():
+            raise CheckpointError(f"{path} has no meta.json, so it was not written by this program or was damaged: remove it")
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        for name, size in meta["files"].items():
+            actual = (path / name).stat().st_size if (path / name).is_file() else None
+            if actual != size:
+                raise CheckpointError(
+                    f"{path / name} should have {size} bytes and has {'none' if actual is None else actual}: "
+                    "remove that checkpoint's folder to resume from the one before"
+                )
+        found.append(Saved(path, meta["step"], meta))
+    return found
+
+
+def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: dict[str, Any], ranks: Ranks) -> Path:
+    """Write and publish a checkpoint after `step` steps; on return it is whole. Called by all ranks."""
+    target = checkpoint_root(out) / f"step_{step:08d}"
+    temporary = target.with_name(f".writing-{target.name}")
+    if ranks.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    ranks.broadcast(None)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+    with warnings.catch_warnings():
+        # one process without a process group is what we mean
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        dcp.save(
+            {"model": model_state, "optimizer": optimizer_state},
+            checkpoint_id=temporary,
+            no_dist=ranks.world_size == 1,
+        )
+    ranks.broadcast(None)
+    if ranks.first:
+        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        write_json(temporary / "meta.json", {"schema_version": SCHEMA_VERSION, "step": step, "files": files, **meta})
+        for name in files:
+            _flush(temporary / name)
+        _flush(temporary)
+        _publish(temporary, target)
+    ranks.broadcast(None)
+    return target
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(temporary, target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def prune(out: Path, keep_last: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the best one, and what unfinished writes left."""
+    root = checkpoint_root(out)
+    for leftover in root.glob(".writing-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    steps = {int(path.name.removeprefix("step_")): path for path in root.glob("step_*")}
+    keep = set(sorted(steps)[-keep_last:]) | {best_step}
+    for step, path in steps.items():
+        if step not in keep:
+            # renamed first, so that a half-removed folder is never taken for a checkpoint
+            doomed = path.with_name(f".writing-{path.name}")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def load(saved: Saved, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
+    """Load a checkpoint into a model and its optimizer. Raises CheckpointError when names or shapes differ."""
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    _check_names(saved, state)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        dcp.load(state, checkpoint_id=saved.path, no_dist=ranks.world_size == 1)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
+    )
+
+
+def _check_names(saved: Saved, state: dict[str, dict[str, Any]]) -> None:
+    stored = dcp.FileSystemReader(saved.path).read_metadata().state_dict_metadata
+    stored_shapes = {key: tuple(getattr(value, "size", ())) for key, value in stored.items() if key.startswith("model.")}
+    wanted_shapes = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
+    wrong = [key for key in sorted({*stored_shapes, *wanted_shapes}) if stored_shapes.get(key) != wanted_shapes.get(key)]
+    if wrong:
+        lines = "; ".join(f"{key}: stored {stored_shapes.get(key)}, model {wanted_shapes.get(key)}" for key in wrong[:3])
+        raise CheckpointError(
+            f"checkpoint {saved.path} does not fit the model in {len(wrong)} tensors ({lines}): resume with the model it was saved with"
+        )

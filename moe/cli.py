@@ -1,0 +1,128 @@
+"""The command `moe`. Each command imports what it needs when it runs, so that `moe --help` answers at once."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe.errors import ConfigError, fail, run_main
+
+app = typer.Typer(
+    name="moe",
+    help="Train sparse Mixture-of-Experts transformers, and compare them with a dense model of equal compute.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="recipes/x.py, recipes/x.py:variant, or a run.json")
+]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[A.B.C=VALUE]...", help="settings to change, e.g. train.steps=100")
+]
+# Typer's usage errors all derive from this class, whichever module it keeps them in.
+UsageError: Any = typer.BadParameter.__bases__[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line to its exit code: 0, 2 for a user's mistake, 1 for stopped training, 130 for Ctrl-C."""
+    try:
+        return run_main(lambda: app(args=arguments, prog_name="moe", standalone_mode=False))
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "moe"
+        return fail(f"{error.format_message().rstrip('.')}: see {command} --help", 2)
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Print the resolved settings, parameters, FLOPs, memory and layers of a run."""
+    notices: list[str] = []
+    run = _lazy("moe.config.load", "load")(recipe, overrides or [], notices=notices)
+    _lazy("moe.show", "show")(run, notices)
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Train a recipe; out=DIR names the run's folder, by default runs/<name>-<time>."""
+    notices: list[str] = []
+    rest, out = _lazy("moe.config.command", "split_out")(overrides or [])
+    run = _lazy("moe.config.load", "load")(recipe, rest, notices=notices)
+    _lazy("moe.train", "train")(run, out, notices)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run")], overrides: OverridesArgument = None
+) -> None:
+    """Continue a run from its newest checkpoint."""
+    _lazy("moe.train", "resume")(folder, overrides or [])
+
+
+@app.command()
+def compare(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each arm, from the recipe's seed on")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder of runs and report, by default runs/<recipe>-compare")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
+    lr_grid: Annotated[str, typer.Option(metavar="LR,LR,...", help="learning rates to try on the dense arm")] = "",
+    timing_rounds: Annotated[int, typer.Option(min=0, help="timed steps of each arm, interleaved; 0 for none")] = 20,
+) -> None:
+    """Train a recipe and its dense twin of equal FLOPs per token on the same batches, and report which is better."""
+    rates = learning_rates(lr_grid)
+    folder = out if out is not None else Path("runs") / f"{Path(recipe.replace('.py:', '-')).stem}-compare"
+    _lazy("moe.experiments.compare", "compare")(
+        recipe,
+        overrides=overrides or [],
+        seeds=seeds,
+        out=folder,
+        jobs=jobs,
+        lr_grid=rates,
+        timing_rounds=timing_rounds,
+        console=_lazy("rich.console", "Console")(),
+    )
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a comparison")]) -> None:
+    """Rebuild the report of a comparison from its files."""
+    typer.echo(_lazy("moe.analysis.report", "build_report")(folder))
+
+
+@app.command()
+def routers() -> None:
+    """List the routers, whether they are causal, and what each does."""
+    registry = import_module("moe.config.registry")
+    names = registry.known_routers()
+    width = max(map(len, names), default=0)
+    for name in names:
+        module = registry.resolve_router(name)
+        causal = "causal" if module.Router.causal else "not causal"
+        typer.echo(f"{name:<{width}}  {causal:<10}  {(module.__doc__ or '').splitlines()[0]}")
+
+
+def learning_rates(text: str) -> list[float]:
+    """Learning rates from "1e-3,3e-3"; empty for none. Raises ConfigError."""
+    try:
+        rates = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        rates = [0.0]
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise ConfigError(
+            f"--lr-grid ({text!r}) must be positive numbers with commas between: e.g. --lr-grid 1e-3,3e-3"
+        )
+    return rates
+
+
+def _lazy(module: str, name: str) -> Any:
+    return getattr(import_module(module), name)

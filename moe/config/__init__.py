@@ -1,0 +1,12 @@
+"""Settings of a run: their classes, their rules, and the one way to load them.
+
+schema      every setting, as frozen dataclasses
+load        recipe, run.json, dict or Run, with overrides, to a checked Run
+check       rules between fields
+registry    routers by name; running a user's Python file
+tree        the shape of the config classes: what each place may hold
+overrides   a.b.c=value
+validate    types and ranges, by pydantic
+command     the arguments of `moe train` and `python -m moe.train`
+words       wording shared by all messages
+"""

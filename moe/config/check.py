@@ -1,0 +1,241 @@
+"""Rules between fields, checked before any device is touched. Each message: the rule, the numbers, the way out."""
+
+import math
+from collections.abc import Iterator
+
+from moe.config.schema import (
+    BpeTokenizer,
+    ByteTokenizer,
+    GroupedQueryAttention,
+    LatentAttention,
+    Model,
+    MoE,
+    Run,
+    Wsd,
+    is_moe_layer,
+)
+from moe.config.words import joined
+from moe.errors import ConfigError
+
+BYTE_VOCABULARY = 257
+"""256 bytes and the document separator."""
+
+
+def check(run: Run) -> None:
+    """Raise ConfigError naming every rule between fields that the run breaks."""
+    problems = [
+        *_name(run),
+        *_grouped(run.model),
+        *_latent(run.model),
+        *_rotary(run),
+        *_layers(run.model),
+        *(_experts(run.model.moe) if run.model.moe is not None else ()),
+        *_vocabulary(run),
+        *_batch(run),
+        *_schedule(run),
+        *_saving(run),
+        *_replay(run),
+    ]
+    if problems:
+        raise ConfigError(joined(problems))
+
+
+def check_world(run: Run, world_size: int) -> None:
+    """Raise ConfigError where the run cannot be spread over `world_size` processes."""
+    train = run.train
+    per_pass = train.micro_rows * world_size
+    if train.batch_rows % per_pass == 0:
+        return
+    rows = _multiple_near(train.batch_rows, per_pass)
+    share, rest = divmod(train.batch_rows, world_size)
+    smaller = max((n for n in _divisors(share) if n <= train.micro_rows), default=0) if not rest else 0
+    other = f", or train.micro_rows={smaller}" if smaller else ""
+    raise ConfigError(
+        f"train.batch_rows ({train.batch_rows}) must be divisible by micro_rows ({train.micro_rows}) times the number "
+        f"of processes ({world_size}), {per_pass}: use train.batch_rows={rows}{other}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+def _name(run: Run) -> Iterator[str]:
+    if run.name != run.name.strip() or run.name.startswith(".") or any(c in "/\\:\0\n" for c in run.name):
+        yield f"name ({run.name!r}) must be a folder's name, without / \\ : or a dot in front: use e.g. name=smoke"
+
+
+def _grouped(model: Model) -> Iterator[str]:
+    attention = model.attention
+    if not isinstance(attention, GroupedQueryAttention):
+        return
+    heads, kv_heads = attention.num_heads, attention.num_kv_heads
+    if heads % kv_heads:
+        near = " or ".join(map(str, sorted(sorted(_divisors(heads), key=lambda n: abs(n - kv_heads))[:2])))
+        yield (
+            f"model.attention.num_heads ({heads}) must be divisible by num_kv_heads ({kv_heads}): "
+            f"use num_kv_heads={near}"
+        )
+    if len(attention.windows) > model.num_layers:
+        yield (
+            f"model.attention.windows has {len(attention.windows)} entries for model.num_layers={model.num_layers}, "
+            f"so the last would have no effect: give at most {model.num_layers}"
+        )
+
+
+def _latent(model: Model) -> Iterator[str]:
+    attention, fraction = model.attention, model.rotary.fraction
+    if not isinstance(attention, LatentAttention):
+        return
+    if attention.rope_dim % 2:
+        yield f"model.attention.rope_dim ({attention.rope_dim}) must be even: use rope_dim={attention.rope_dim + 1}"
+    if fraction != 1:
+        yield (
+            f"model.rotary.fraction ({fraction}) must be 1 with latent attention, whose rope_dim ({attention.rope_dim})"
+            " is the rotated part: use model.rotary.fraction=1 and another rope_dim"
+        )
+
+
+def _rotary(run: Run) -> Iterator[str]:
+    rotary, attention = run.model.rotary, run.model.attention
+    if rotary.base <= 1:
+        yield f"model.rotary.base ({rotary.base}) must be greater than 1: use e.g. model.rotary.base=10000"
+    if isinstance(attention, GroupedQueryAttention):
+        dims = rotary.fraction * attention.head_dim
+        if abs(dims - round(dims)) > 1e-6 or round(dims) % 2 or round(dims) < 2:
+            near = min(max(2, 2 * round(dims / 2)), attention.head_dim)
+            way_out = (
+                f"use model.rotary.fraction={near / attention.head_dim:.6g} ({near} dimensions)"
+                if near % 2 == 0
+                else f"use model.attention.head_dim={attention.head_dim + 1}"
+            )
+            yield (
+                f"model.rotary.fraction ({rotary.fraction}) of head_dim ({attention.head_dim}) is {dims:.6g} dimensions"
+                f", and must be an even number of at least 2: {way_out}"
+            )
+    yarn = rotary.yarn
+    if yarn is None:
+        return
+    if yarn.factor < 1:
+        yield f"model.rotary.yarn.factor ({yarn.factor}) must be at least 1: use extended length / original_length"
+    if yarn.beta_fast <= yarn.beta_slow:
+        yield (
+            f"model.rotary.yarn.beta_fast ({yarn.beta_fast}) must be greater than beta_slow ({yarn.beta_slow}): "
+            "use the paper's 32 and 1"
+        )
+    reach, length = yarn.factor * yarn.original_length, run.data.sequence_length
+    if length > reach:
+        yield (
+            f"data.sequence_length ({length}) must not exceed yarn's factor ({yarn.factor}) times original_length "
+            f"({yarn.original_length}), {reach:g}: use model.rotary.yarn.factor={-(-length // yarn.original_length)}"
+        )
+
+
+def _layers(model: Model) -> Iterator[str]:
+    layers, widths, moe = model.num_layers, model.ffn_hidden_per_layer, model.moe
+    if widths and len(widths) != layers:
+        yield (
+            f"model.ffn_hidden_per_layer has {len(widths)} entries for model.num_layers={layers}: "
+            f"give {layers}, or [] to use ffn_hidden everywhere"
+        )
+    if moe is None:
+        return
+    if moe.first_dense >= layers:
+        yield (
+            f"model.moe.first_dense ({moe.first_dense}) must be less than model.num_layers ({layers}): "
+            f"use first_dense={layers - 1} or less, or model.moe=null for a dense model"
+        )
+    elif not any(is_moe_layer(model, layer) for layer in range(layers)):
+        left = layers - moe.first_dense
+        yield (
+            f"model.moe.every ({moe.every}) must be at most the {left} layers after first_dense ({moe.first_dense} of "
+            f"{layers}), or no layer has experts: use every={left} or less, or model.moe=null for a dense model"
+        )
+
+
+def _experts(moe: MoE) -> Iterator[str]:
+    if moe.top_k > moe.num_experts:
+        yield (
+            f"model.moe.top_k ({moe.top_k}) must be at most num_experts ({moe.num_experts}): "
+            f"use top_k={moe.num_experts} or num_experts={moe.top_k}"
+        )
+        return
+    if moe.shared_gate and not moe.shared_hidden:
+        yield (
+            "model.moe.shared_gate (true) needs a shared expert, and shared_hidden is 0: "
+            f"use model.moe.shared_hidden={moe.expert_hidden} or shared_gate=false"
+        )
+    try:
+        moe.router.check(num_experts=moe.num_experts, top_k=moe.top_k)
+    except ConfigError as error:
+        yield f"model.moe.router: {error}"
+
+
+# ------------------------------------------------------------------------------------------------------------- rest
+
+
+def _vocabulary(run: Run) -> Iterator[str]:
+    tokenizer, rows = run.data.tokenizer, run.model.vocab_size
+    if isinstance(tokenizer, ByteTokenizer):
+        needed, what = BYTE_VOCABULARY, "256 bytes and the document separator"
+    elif isinstance(tokenizer, BpeTokenizer):
+        needed, what = tokenizer.vocab_size, "data.tokenizer.vocab_size"
+    else:
+        return
+    if rows < needed:
+        yield f"model.vocab_size ({rows}) must be at least {needed} ({what}): use model.vocab_size={needed} or more"
+
+
+def _batch(run: Run) -> Iterator[str]:
+    rows, micro = run.train.batch_rows, run.train.micro_rows
+    if rows % micro:
+        near = max(n for n in _divisors(rows) if n <= micro)
+        yield (
+            f"train.batch_rows ({rows}) must be divisible by micro_rows ({micro}): "
+            f"use micro_rows={near} or batch_rows={_multiple_near(rows, micro)}"
+        )
+
+
+def _schedule(run: Run) -> Iterator[str]:
+    steps, schedule = run.train.steps, run.train.schedule
+    warmup = schedule.warmup_steps
+    if warmup >= steps:
+        yield (
+            f"train.schedule.warmup_steps ({warmup}) must be less than train.steps ({steps}): "
+            f"use train.schedule.warmup_steps={steps // 10} or train.steps={warmup + 1} or more"
+        )
+    elif isinstance(schedule, Wsd) and warmup + schedule.decay_steps > steps:
+        yield (
+            f"train.schedule.warmup_steps ({warmup}) plus decay_steps ({schedule.decay_steps}), "
+            f"{warmup + schedule.decay_steps}, must be at most train.steps ({steps}): "
+            f"use decay_steps={steps - warmup} or less"
+        )
+
+
+def _saving(run: Run) -> Iterator[str]:
+    if run.checkpoint.keep_best and not run.evaluation.every_steps:
+        yield (
+            "checkpoint.keep_best (true) needs evaluations to choose by, and evaluation.every_steps is 0: "
+            f"use evaluation.every_steps={max(1, run.train.steps // 10)} or checkpoint.keep_best=false"
+        )
+
+
+def _replay(run: Run) -> Iterator[str]:
+    logging = run.logging
+    if logging.record_routing and logging.replay_routing:
+        yield (
+            f"logging.record_routing (true) and replay_routing ({logging.replay_routing!r}) exclude each other, "
+            "a replay would record itself: drop one"
+        )
+    used = "record_routing" if logging.record_routing else "replay_routing" if logging.replay_routing else ""
+    if used and run.model.moe is None:
+        yield f"logging.{used} needs expert layers, and model.moe is null: drop logging.{used}, or give model.moe"
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def _multiple_near(number: int, unit: int) -> int:
+    """The multiple of `unit` nearest to `number`, at least one."""
+    return max(1, round(number / unit)) * unit

@@ -1,0 +1,449 @@
+"""Every setting of a run, as frozen, keyword-only dataclasses; children nest in their parents.
+
+A recipe builds one `Run`. Types and ranges are checked by pydantic in `load.py`; rules between fields in `check.py`.
+A class with a `name` field is one member of a family (attention, tokenizer, source, schedule): changing the name on the
+command line drops the old member's fields.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import ConfigDict, Discriminator, WithJsonSchema
+
+PositiveInt = Annotated[int, Gt(0)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+OpenFraction = Annotated[float, Ge(0), Lt(1)]
+
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def config(cls: type[T]) -> type[T]:
+    """Make a class a config: frozen, keyword-only, slotted, and validated without unknown fields or coercion."""
+    cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # type: ignore[attr-defined]
+    return dataclass(frozen=True, kw_only=True, slots=True)(cls)
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+@config
+class Yarn:
+    """YaRN context extension (Peng et al. 2023, arXiv 2309.00071, section 3.4)."""
+
+    factor: PositiveFloat
+    """Ratio of the extended context to the original one."""
+    original_length: PositiveInt
+    """Context length of the original training, in tokens."""
+    beta_fast: PositiveFloat = 32.0
+    """Rotations over the original context above which a frequency is kept."""
+    beta_slow: PositiveFloat = 1.0
+    """Rotations below which a frequency is fully interpolated."""
+    mscale: NonNegativeFloat = 1.0
+    """Attention temperature coefficient applied to the rotary part (DeepSeek-V2's name)."""
+    mscale_all_dim: NonNegativeFloat = 0.0
+    """Coefficient that, if not 0, scales the softmax over all dimensions instead (DeepSeek-V2)."""
+
+
+@config
+class Rotary:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), half-rotation layout."""
+
+    base: PositiveFloat = 10_000.0
+    """Base of the geometric frequency series."""
+    fraction: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Share of each head's dimensions that is rotated, from the front."""
+    yarn: Yarn | None = None
+    """Context extension, or none."""
+
+
+@config
+class GroupedQueryAttention:
+    """Multi-head attention whose key/value heads are shared by groups of query heads (arXiv 2305.13245)."""
+
+    name: Literal["grouped_query"] = "grouped_query"
+    num_heads: PositiveInt
+    """N, query heads."""
+    num_kv_heads: PositiveInt
+    """M, key/value heads; divides num_heads."""
+    head_dim: PositiveInt
+    """H, size of one head."""
+    qkv_bias: bool = False
+    """Bias on the query, key and value projections."""
+    out_bias: bool = False
+    """Bias on the output projection."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMS normalisation of queries and keys: over each head, or over all heads at once."""
+    windows: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] = (0,)
+    """Tokens that a token sees, itself included, repeated over the layers; 0 means all before it."""
+    sinks: bool = False
+    """A learned logit per head that takes part in the softmax and carries no value (gpt-oss)."""
+
+
+@config
+class LatentAttention:
+    """Multi-head latent attention: keys and values from one low-rank vector (DeepSeek-V2, arXiv 2405.04434)."""
+
+    name: Literal["latent"] = "latent"
+    num_heads: PositiveInt
+    """N, heads."""
+    q_rank: NonNegativeInt = 0
+    """Rank of the query's down-projection; 0 projects queries directly."""
+    kv_rank: PositiveInt
+    """Rank of the shared key/value vector."""
+    nope_dim: PositiveInt
+    """Size of a head's part without rotary positions."""
+    rope_dim: PositiveInt
+    """Size of the rotary part, one key for all heads; even."""
+    value_dim: PositiveInt
+    """Size of a head's value."""
+
+
+Attention = Annotated[GroupedQueryAttention | LatentAttention, Discriminator("name")]
+
+
+@config
+class Balance:
+    """Load-balancing loss E·Σ f·P, with f the share of routed rows and P the mean score share: 1.0 is balance for every K and E."""
+
+    weight: NonNegativeFloat = 0.01
+    """Coefficient of the loss's mean over the MoE layers."""
+    scope: Literal["sequence", "global", "micro_batch"] = "global"
+    """Where f is counted: each batch row, the whole optimizer step, or the micro-batch (depends on the layout)."""
+
+
+class RouterConfig:
+    """Base of every router's `Config`: `moe/routers/<name>.py` defines one, and the folder is the registry."""
+
+    __slots__ = ()
+    source: ClassVar[str] = ""
+    """The published convention and coefficient, as printed by `moe show`."""
+
+    def rows_per_token(self, *, num_experts: int, top_k: int) -> float:
+        """Expected routed rows that are computed per token; used by cost and by the dense twin."""
+        raise NotImplementedError
+
+    def parameters(self, *, dim: int, num_experts: int, top_k: int) -> int:
+        """Learned parameters of one layer's router, all in matrices that every token passes; E·D unless overridden."""
+        return num_experts * dim
+
+    def check(self, *, num_experts: int, top_k: int) -> None:
+        """Raise ConfigError where this router contradicts the expert layer it is in."""
+
+
+@config
+class MoE:
+    """The expert layers of a model."""
+
+    num_experts: PositiveInt
+    """E, routed experts in a layer."""
+    top_k: PositiveInt
+    """K, experts per token (for expert choice: on average)."""
+    expert_hidden: PositiveInt
+    """F, hidden size of one routed expert."""
+    shared_hidden: NonNegativeInt = 0
+    """Hidden size of the shared expert that every token passes; 0 for none."""
+    shared_gate: bool = False
+    """Multiply the shared expert's output by a learned sigmoid of the token (Qwen2-MoE)."""
+    router: Annotated[RouterConfig, WithJsonSchema({"type": "object"})]
+    """Who goes where; see `moe/routers`."""
+    backend: Literal["auto", "reference", "torch", "triton", "block_sparse"] = "auto"
+    """What computes the experts; `auto` is resolved once at the start, printed and recorded."""
+    first_dense: NonNegativeInt = 0
+    """Layers at the bottom that keep a dense FFN."""
+    every: PositiveInt = 1
+    """Among the layers after first_dense, every n-th is an expert layer (the n-th, 2n-th, ...)."""
+
+
+@config
+class Model:
+    """A decoder-only transformer: pre-norm blocks of attention and a SwiGLU FFN or an expert layer."""
+
+    vocab_size: PositiveInt
+    """V, rows of the embedding; at least the tokenizer's vocabulary."""
+    dim: PositiveInt
+    """D, width of the residual stream."""
+    num_layers: PositiveInt
+    """Blocks."""
+    ffn_hidden: PositiveInt
+    """F of the dense SwiGLU FFN, in the layers that have one."""
+    ffn_hidden_per_layer: tuple[PositiveInt, ...] = ()
+    """F of each layer's dense FFN, when they differ (unused in expert layers); empty: ffn_hidden everywhere."""
+    attention: Attention
+    """Grouped-query or latent attention."""
+    rotary: Rotary = Rotary()
+    """Position embedding."""
+    moe: MoE | None = None
+    """Expert layers, or none for a dense model."""
+    norm_eps: PositiveFloat = 1e-6
+    """Added to the mean square inside every RMSNorm."""
+    tied_head: bool = False
+    """Use the embedding as the output head."""
+    document_mask: bool = True
+    """Keep attention within documents that are packed into one row."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of every weight matrix at the start."""
+    init_depth_scaling: bool = True
+    """Divide the deviation of matrices that write to the residual stream by sqrt(2·num_layers) (GPT-2)."""
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+@config
+class ByteTokenizer:
+    """UTF-8 bytes, and id 256 between documents: results are bits per byte with no further conversion."""
+
+    name: Literal["bytes"] = "bytes"
+
+
+@config
+class BpeTokenizer:
+    """A byte-level BPE trained on the run's own training text, then cached."""
+
+    name: Literal["bpe"] = "bpe"
+    vocab_size: Annotated[int, Ge(258)]
+    """Entries to learn, the 256 bytes and the document separator included."""
+    training_bytes: PositiveInt = 20_000_000
+    """Text to learn from, taken from the front of the shuffled training documents."""
+
+
+@config
+class PretrainedTokenizer:
+    """A tokenizer of the Hugging Face hub, or a local folder or tokenizer.json."""
+
+    name: Literal["pretrained"] = "pretrained"
+    path: Annotated[str, MinLen(1)]
+    """Hub name, folder, or file."""
+
+
+Tokenizer = Annotated[ByteTokenizer | BpeTokenizer | PretrainedTokenizer, Discriminator("name")]
+
+
+@config
+class StdlibSource:
+    """The source code of the running Python's standard library, without its tests (about 12 MB)."""
+
+    name: Literal["stdlib"] = "stdlib"
+    weight: PositiveFloat = 1.0
+    """Share of the training batches, relative to the other sources."""
+
+
+@config
+class FilesSource:
+    """Local text, jsonl or parquet files; a text file is one document."""
+
+    name: Literal["files"] = "files"
+    paths: Annotated[tuple[str, ...], MinLen(1)]
+    """Files, folders or glob patterns."""
+    text_field: str = "text"
+    """Field that holds the text, in jsonl and parquet."""
+    prompt_field: str = ""
+    """Field whose text goes before the text and carries no loss; empty for none (jsonl and parquet)."""
+    on_bad_file: Literal["error", "skip"] = "error"
+    """What to do with an empty, binary or wrongly encoded file; skips are counted and reported."""
+    weight: PositiveFloat = 1.0
+    """Share of the training batches, relative to the other sources."""
+
+
+@config
+class HubSource:
+    """A dataset that `datasets.load_dataset` can load, by name or local path."""
+
+    name: Literal["hub"] = "hub"
+    dataset: Annotated[str, MinLen(1)]
+    """First argument of load_dataset, e.g. "roneneldan/TinyStories" or "json"."""
+    subset: str = ""
+    """Configuration name of the dataset; empty for the default."""
+    data_files: tuple[str, ...] = ()
+    """Files, for the format builders (json, text, parquet)."""
+    split: str = "train"
+    """Split to read; validation documents are taken out of it by hash."""
+    text_field: str = "text"
+    """Column that holds the text."""
+    streaming: bool = True
+    """Read as a stream rather than downloading the whole dataset."""
+    max_bytes: PositiveInt = 1_000_000_000
+    """Text to take, in bytes; written to shards before training."""
+    weight: PositiveFloat = 1.0
+    """Share of the training batches, relative to the other sources."""
+
+
+Source = Annotated[StdlibSource | FilesSource | HubSource, Discriminator("name")]
+
+
+@config
+class Data:
+    """What is read, in which tokens, and in rows of which length."""
+
+    sources: Annotated[tuple[Source, ...], MinLen(1)] = (StdlibSource(),)
+    """Corpora; rows of a batch are drawn from them in proportion to their weights."""
+    tokenizer: Tokenizer = ByteTokenizer()
+    """How text becomes token ids."""
+    sequence_length: PositiveInt = 256
+    """S, tokens in a row."""
+    validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
+    """Share of the documents, chosen by hash, that only evaluation sees."""
+    cache_dir: str = "~/.cache/moe-lab"
+    """Where prepared shards and trained tokenizers live, keyed by content."""
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+@config
+class AdamW:
+    """AdamW (arXiv 1711.05101); weight decay acts on matrices only, not on norms, biases, embeddings or routers' states."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    beta1: OpenFraction = 0.9
+    """Decay of the gradient's average."""
+    beta2: OpenFraction = 0.95
+    """Decay of the squared gradient's average."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay per unit of learning rate."""
+
+
+@config
+class Cosine:
+    """Linear warm-up, then half a cosine to the last step."""
+
+    name: Literal["cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    """Steps from 0 to the peak."""
+    final_fraction: Fraction = 0.1
+    """Learning rate of the last step over the peak."""
+
+
+@config
+class Wsd:
+    """Warm-up, stable, decay (arXiv 2404.06395): linear up, constant, linear down over the last steps."""
+
+    name: Literal["wsd"] = "wsd"
+    warmup_steps: NonNegativeInt = 0
+    """Steps from 0 to the peak."""
+    decay_steps: PositiveInt
+    """Steps of the final decay."""
+    final_fraction: Fraction = 0.0
+    """Learning rate of the last step over the peak."""
+
+
+Schedule = Annotated[Cosine | Wsd, Discriminator("name")]
+
+
+@config
+class Train:
+    """The optimisation loop."""
+
+    steps: PositiveInt
+    """Optimizer steps."""
+    batch_rows: PositiveInt
+    """Rows of sequence_length tokens in one step, over all ranks and micro-batches."""
+    micro_rows: PositiveInt
+    """Rows in one forward pass of one rank; batch_rows = micro_rows · ranks · accumulation."""
+    optimizer: AdamW
+    """Update rule."""
+    schedule: Schedule = Cosine()
+    """Learning rate as a function of the step."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest gradient norm over all parameters; 0 for no clipping."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products; parameters, router, softmax and losses stay float32."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    activation_checkpointing: bool = False
+    """Keep only block inputs and the routing decision; recompute the rest in backward."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes an accelerator if there is one."""
+    threads: NonNegativeInt = 0
+    """CPU threads of torch; 0 keeps torch's choice. Results are bitwise repeatable for one number of threads."""
+    max_nonfinite_steps: PositiveInt = 10
+    """Stop after this many steps in a row whose loss or gradient is not finite (each is skipped and counted)."""
+
+
+@config
+class Evaluation:
+    """Loss on a fixed set of validation rows, without auxiliary losses."""
+
+    every_steps: NonNegativeInt = 0
+    """Evaluate after every n steps; 0 for only at the end."""
+    rows: PositiveInt = 64
+    """Rows of the evaluations during training."""
+    final_rows: PositiveInt = 256
+    """Rows of the evaluation after the last step."""
+
+
+@config
+class Checkpoint:
+    """What is saved, and how much of it is kept."""
+
+    every_steps: NonNegativeInt = 0
+    """Save after every n steps; 0 for only at the end (a signal always saves)."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    keep_best: bool = False
+    """Keep, besides, the checkpoint of lowest evaluation loss; saves after each evaluation that is a new best."""
+
+
+@config
+class Logging:
+    """What is written besides metrics.jsonl."""
+
+    routing_every: PositiveInt = 10
+    """Write routing.jsonl every n steps."""
+    console: Literal["auto", "progress", "plain", "off"] = "auto"
+    """A live line, one line per log step, or nothing; auto is live on a terminal and plain elsewhere."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Mirror metrics to Weights & Biases; failing to reach it never stops a run."""
+    tensorboard: bool = False
+    """Mirror metrics to TensorBoard event files (extra: tensorboard)."""
+    peak_tflops: NonNegativeFloat = 0.0
+    """Peak of the device in TFLOP/s for MFU; 0 looks the device up and, if unknown, leaves MFU out."""
+    record_routing: bool = False
+    """Write every step's expert choices to replay/, for a later run to force."""
+    replay_routing: str = ""
+    """Folder of a run recorded with record_routing, whose choices are forced here; empty for none."""
+
+
+@config
+class Run:
+    """Everything that determines a training run."""
+
+    name: Annotated[str, MinLen(1)]
+    """Label of the run, and of its default folder."""
+    seed: NonNegativeInt = 0
+    """Seed of initial weights, data order and routing noise."""
+    model: Model
+    """The network."""
+    data: Data = Data()
+    """The corpus."""
+    train: Train
+    """The loop."""
+    evaluation: Evaluation = Evaluation()
+    """Validation."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Saving."""
+    logging: Logging = Logging()
+    """Reporting."""
+
+
+Json = dict[str, Any]
+
+
+def is_moe_layer(model: Model, layer: int) -> bool:
+    """Whether block `layer` (0-based) has experts."""
+    moe = model.moe
+    return moe is not None and layer >= moe.first_dense and (layer - moe.first_dense + 1) % moe.every == 0
+
+
+def ffn_hidden(model: Model, layer: int) -> int:
+    """F of block `layer`'s dense FFN."""
+    return model.ffn_hidden_per_layer[layer] if model.ffn_hidden_per_layer else model.ffn_hidden

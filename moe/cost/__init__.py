@@ -1,0 +1,37 @@
+"""What a model costs, by arithmetic over its config alone (no torch): parameters, FLOPs, bytes, and the dense twin.
+
+counting    parameters, forward and training FLOPs, per component and per layer
+memory      bytes of a training step
+twin        the dense run of equal FLOPs per token
+throughput  tokens and FLOPs of a step, model FLOPs utilisation, peaks of known devices
+"""
+
+from moe.cost.counting import (
+    Parameters,
+    flops_by_component,
+    flops_by_layer,
+    forward_flops_per_token,
+    moe_layers,
+    parameters,
+    train_flops_per_token,
+)
+from moe.cost.memory import memory_bytes
+from moe.cost.throughput import flops_per_step, mfu, peak_flops, tokens_per_step
+from moe.cost.twin import dense_twin, relative_difference
+
+__all__ = [
+    "Parameters",
+    "dense_twin",
+    "flops_by_component",
+    "flops_by_layer",
+    "flops_per_step",
+    "forward_flops_per_token",
+    "memory_bytes",
+    "mfu",
+    "moe_layers",
+    "parameters",
+    "peak_flops",
+    "relative_difference",
+    "tokens_per_step",
+    "train_flops_per_token",
+]

@@ -1,0 +1,88 @@
+"""The dense twin: the same run without experts, at equal FLOPs per token."""
+
+from dataclasses import replace
+
+from moe.config.schema import Model, Run, ffn_hidden
+from moe.cost.counting import flops_by_layer, moe_layers, train_flops_per_token
+from moe.errors import ConfigError
+
+TOLERANCE = 0.005
+"""Largest relative difference of training FLOPs per token that still counts as equal."""
+MULTIPLE = 8
+"""F of the twin is a multiple of this, as matrix units want it."""
+
+
+def dense_twin(run: Run) -> Run:
+    """The run with a dense FFN in each expert layer's place, of the FLOPs of router and experts together.
+
+    Depth, width, attention, head, tokenizer, data, order of batches and schedule stay. F is rounded to a multiple of 8:
+    the same in all former expert layers if that keeps the FLOPs of forward plus backward to 0.5 %, else some of them
+    are 8 wider than others. Scores count under the causal mask, the strictest way: in full they dilute the difference.
+    Raises ConfigError if there is no expert layer, or if neither rounding is close enough.
+    """
+    if not moe_layers(run.model):
+        raise ConfigError(
+            f"{run.name} has no expert layer, so it is its own dense twin: compare a recipe with model.moe"
+        )
+    model = _densify(run.model, run.data.sequence_length)
+    difference = _difference(run.model, model, run.data.sequence_length)
+    if abs(difference) > TOLERANCE:
+        raise ConfigError(_too_different(run, model, difference))
+    logging = replace(run.logging, record_routing=False, replay_routing="")
+    return replace(run, name=f"{run.name}-dense", model=model, logging=logging)
+
+
+def relative_difference(run: Run, twin: Run) -> float:
+    """Training FLOPs per token of the twin over the run's, minus 1; scores counted under the causal mask."""
+    return _difference(run.model, twin.model, run.data.sequence_length)
+
+
+def _difference(model: Model, twin: Model, sequence_length: int) -> float:
+    sparse, dense = (train_flops_per_token(m, sequence_length, causal_half=True) for m in (model, twin))
+    return dense / sparse - 1
+
+
+def _densify(model: Model, sequence_length: int) -> Model:
+    """The dense model of nearest FLOPs, of one width in the former expert layers if that is near enough."""
+    layers = moe_layers(model)
+    parts = flops_by_layer(model, sequence_length)[layers[0]]
+    exact = sum(parts.get(name, 0) for name in ("router", "experts", "shared")) / (2 * 3 * model.dim)
+    uniform = max(MULTIPLE, MULTIPLE * int(exact / MULTIPLE + 0.5))
+    twin = _with_widths(model, dict.fromkeys(layers, uniform))
+    if abs(_difference(model, twin, sequence_length)) <= TOLERANCE or exact < MULTIPLE:
+        return twin
+    lower = MULTIPLE * int(exact / MULTIPLE)
+    wider = int(len(layers) * (exact - lower) / MULTIPLE + 0.5)
+    # Evenly over the depth: layer i of n is wider where i·wider/n passes a whole number.
+    steps = [(i + 1) * wider // len(layers) - i * wider // len(layers) for i in range(len(layers))]
+    return _with_widths(model, {layer: lower + MULTIPLE * step for layer, step in zip(layers, steps, strict=True)})
+
+
+def _with_widths(model: Model, hidden: dict[int, int]) -> Model:
+    """A dense model with these F in the former expert layers; the other layers keep theirs."""
+    widths = tuple(hidden.get(layer, ffn_hidden(model, layer)) for layer in range(model.num_layers))
+    if len(set(widths)) == 1:
+        return replace(model, moe=None, ffn_hidden=widths[0], ffn_hidden_per_layer=())
+    return replace(model, moe=None, ffn_hidden_per_layer=widths)
+
+
+def _too_different(run: Run, twin: Model, difference: float) -> str:
+    widths = sorted({ffn_hidden(twin, layer) for layer in moe_layers(run.model)})
+    fitting = _fitting_width(run)
+    way_out = f"use model.moe.expert_hidden={fitting}" if fitting else "use more or wider experts"
+    return (
+        f"the dense twin must agree with {run.name} in FLOPs per token to {TOLERANCE:.1%}, but its FFN of hidden size "
+        f"{' and '.join(map(str, widths))}, rounded to multiples of {MULTIPLE}, differs by {difference:+.2%}: {way_out}"
+    )
+
+
+def _fitting_width(run: Run) -> int | None:
+    """The width of experts nearest to the run's, up to 64 away, for which there is a twin."""
+    moe, length = run.model.moe, run.data.sequence_length
+    assert moe is not None
+    near = range(max(1, moe.expert_hidden - 64), moe.expert_hidden + 65)
+    for width in sorted(near, key=lambda width: abs(width - moe.expert_hidden)):
+        model = replace(run.model, moe=replace(moe, expert_hidden=width))
+        if abs(_difference(model, _densify(model, length), length)) <= TOLERANCE:
+            return width
+    return None

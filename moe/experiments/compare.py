@@ -1,0 +1,319 @@
+"""A recipe against its dense twin: train both arms for every seed through the trainer's own entry, time them, report.
+
+Everything is a file in one directory: `<arm>-seed<n>.json` (config), `.log`, the run directories, compare.json,
+timing.json. Doing the same again reuses finished runs and resumes the others.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from moe.analysis.report import build_report
+from moe.analysis.rows import read_json, read_run
+from moe.analysis.summaries import differences
+from moe.config.load import dump, load
+from moe.config.schema import Run
+from moe.cost import dense_twin, relative_difference, train_flops_per_token
+from moe.errors import ConfigError, TrainingStopped, UserError
+from moe.experiments.processes import Job, cpu_count, log_tail, run_jobs
+
+CONTRACT = "equal active FLOPs per token"
+TRAIN = (sys.executable, "-m", "moe.train")
+TIMING = (sys.executable, "-m", "moe.experiments.step_timing")
+Json = dict[str, Any]
+State = Literal["finished", "stopped", "resume", "fresh"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One training run: `directory`, its config beside it as .json, its log as .log."""
+
+    directory: Path
+    run: Run
+
+    @property
+    def config(self) -> Path:
+        """The config file that the trainer is started with."""
+        return self.directory.with_name(self.directory.name + ".json")
+
+    @property
+    def log(self) -> Path:
+        """The trainer's output, all attempts."""
+        return self.directory.with_name(self.directory.name + ".log")
+
+
+def _plain(run: Run) -> Json:
+    return json.loads(json.dumps(dump(run)))
+
+
+def _write_json(path: Path, value: Json) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _with_rate(run: Run, lr: float) -> Run:
+    return replace(run, train=replace(run.train, optimizer=replace(run.train.optimizer, lr=lr)))
+
+
+def _plan(out: Path, base: str, run: Run, arm: str, seed: int, label: str = "") -> Planned:
+    label = label or f"{arm}-seed{seed}"
+    return Planned(out / label, replace(run, seed=seed, name=f"{base}-{arm}-seed{seed}"))
+
+
+# ------------------------------------------------------------------------------------------------- what is there yet
+
+
+def _different(planned: Planned) -> list[str]:
+    """Settings in which the run that is already in the directory differs from the planned one.
+
+    Not the name; and what is `auto` in the plan may have been resolved.
+    """
+    found = read_json(planned.directory / "run.json", {"run": (dict,)})["run"]
+    return [
+        f"{field} is {json.dumps(there)} there and {json.dumps(asked)} here"
+        for field, there, asked in differences(found, _plain(planned.run))
+        if field != "name" and asked != "auto"
+    ]
+
+
+def _summary(directory: Path) -> Json:
+    """A run's summary.json, empty as long as there is none."""
+    return read_json(directory / "summary.json") if (directory / "summary.json").exists() else {}
+
+
+def state_of(planned: Planned) -> State:
+    """Whether the planned run is finished, stopped itself, can be resumed, or has to start.
+
+    Raises UserError if another run is there.
+    """
+    directory = planned.directory
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return "fresh"
+    if not (directory / "run.json").exists():
+        raise UserError(
+            f"{directory} exists and holds no run.json, so it is no run: delete it, or choose another --out."
+        )
+    different = _different(planned)
+    if different:
+        raise UserError(
+            f"{directory} holds a run of other settings: {'; '.join(different)}. Choose another --out, ask for the "
+            "same "
+            "settings, or delete that directory."
+        )
+    status = _summary(directory).get("status")
+    return status if status in ("finished", "stopped") else "resume"
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def _job(planned: Planned, state: State, command: Sequence[str]) -> Job:
+    fresh = (str(planned.config), f"out={planned.directory}")
+    arguments = fresh if state == "fresh" else ("--resume", str(planned.directory))
+    return Job(planned.directory.name, (*command, *arguments), planned.log)
+
+
+def train(
+    plans: Sequence[Planned],
+    *,
+    jobs: int,
+    command: Sequence[str],
+    say: Callable[[str], None],
+    may_stop: bool = False,
+) -> None:
+    """Train whatever is not finished. With `may_stop`, a run that stopped itself (diverged) is no error.
+
+    Raises UserError if a run refused its config, TrainingStopped if one failed, each with the end of its log.
+    """
+    by_name = {planned.directory.name: planned for planned in plans}
+    states = {name: state_of(planned) for name, planned in by_name.items()}
+
+    def report(job: Job, code: int, seconds: float) -> None:
+        summary = _summary(by_name[job.name].directory)
+        status = summary.get("status", "missing")
+        if may_stop and status == "stopped":
+            say(f"{job.name}: stopped itself after {seconds:.0f} s ({summary.get('reason', 'no reason given')})")
+        elif code or status != "finished":
+            error = UserError if code == 2 else TrainingStopped
+            end = f"exit code {code}" if code else f"status {status}, run the same command again to resume it"
+            raise error(f"the run {job.name} failed ({end}); the end of {job.log}:\n{log_tail(job.log)}")
+        else:
+            bits = read_run(by_name[job.name].directory).final_bits
+            say(f"{job.name}: finished in {seconds:.0f} s at {bits:.4f} bits per byte")
+
+    done = ("finished", "stopped") if may_stop else ("finished",)
+    waiting = []
+    for name, planned in by_name.items():
+        _write_json(planned.config, {"schema_version": 1, "run": _plain(planned.run)})
+        if states[name] in done:
+            say(f"{name}: already {states[name]}, reused")
+        else:
+            if states[name] != "fresh":
+                say(f"{name}: resuming")
+            waiting.append(_job(planned, states[name], command))
+    run_jobs(waiting, jobs, report)
+
+
+def find_rate(plans: dict[float, Planned], *, jobs: int, command: Sequence[str], say: Callable[[str], None]) -> Json:
+    """Train the dense arm at each learning rate and take the lowest final loss; one that diverges counts as worst."""
+    train(list(plans.values()), jobs=jobs, command=command, say=say, may_stop=True)
+    tried: list[tuple[float, float | None]] = []
+    for lr, planned in plans.items():
+        finished = _summary(planned.directory)["status"] == "finished"
+        bits = read_run(planned.directory).final_bits if finished else math.nan
+        tried.append((lr, bits if math.isfinite(bits) else None))
+    finite = [(bits, lr) for lr, bits in tried if bits is not None]
+    if not finite:
+        raise UserError(f"the dense arm diverged at every learning rate of {sorted(plans)}: try smaller ones.")
+    best = min(finite)[1]
+    say(
+        f"learning rate {best:g}: lowest final loss of the dense arm among "
+        f"{', '.join(f'{lr:g}' for lr in sorted(plans))}"
+    )
+    return {"value": best, "grid": sorted(plans), "tried": tried}
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+
+
+def time_steps(
+    out: Path, sparse: Planned, dense: Planned, rounds: int, command: Sequence[str], say: Callable[[str], None]
+) -> None:
+    """Write timing.json by the interleaved timing, unless it is there for these configs and rounds."""
+    target, threads = out / "timing.json", cpu_count()
+    key = hashlib.sha256(sparse.config.read_bytes() + dense.config.read_bytes() + f"{rounds} {threads}".encode())
+    fingerprint = key.hexdigest()[:16]
+    if target.exists() and read_json(target).get("fingerprint") == fingerprint:
+        say("timing: already measured, reused")
+        return
+    target.unlink(missing_ok=True)
+    files = (str(sparse.config), str(dense.config), str(target))
+    options = ("--rounds", str(rounds), "--threads", str(threads))
+
+    def check(job: Job, code: int, seconds: float) -> None:
+        if code or not target.exists():
+            raise TrainingStopped(f"the timing failed (exit code {code}); the end of {job.log}:\n{log_tail(job.log)}")
+        say(f"timing: {rounds} rounds of both arms in {seconds:.0f} s")
+
+    run_jobs([Job("timing", (*command, *files, *options), out / "timing.log")], 1, check)
+    _write_json(target, {**read_json(target), "fingerprint": fingerprint})
+
+
+# ------------------------------------------------------------------------------------------------------------ compare
+
+
+def _check_arguments(seeds: Sequence[int], jobs: int, lr_grid: Sequence[float], timing_rounds: int) -> None:
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise UserError(f"seeds must be different numbers from 0, at least one, found {list(seeds)}: e.g. --seeds 3.")
+    if jobs < 1:
+        raise UserError(f"jobs ({jobs}) must be at least 1: it is the number of runs that train side by side.")
+    if any(not lr > 0 or not math.isfinite(lr) for lr in lr_grid) or len(set(lr_grid)) != len(lr_grid):
+        raise UserError(f"learning rates to try must be different positive numbers, found {list(lr_grid)}.")
+    if timing_rounds < 0:
+        raise UserError(f"timing_rounds ({timing_rounds}) must be 0 (no timing) or more.")
+
+
+def _command_line() -> str:
+    """How this process was called, without the path to the program."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["moe" if program in ("__main__.py", "cli.py") else program, *sys.argv[1:]])
+
+
+def _twin_record(sparse: Run, dense: Run) -> Json:
+    moe = sparse.model.moe
+    assert moe is not None
+    length = sparse.data.sequence_length
+    return {
+        "ffn_hidden": dense.model.ffn_hidden,
+        "flops_sparse": train_flops_per_token(sparse.model, length),
+        "flops_dense": train_flops_per_token(dense.model, length),
+        "relative_difference": relative_difference(sparse, dense),
+        "rows_per_token": moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k),
+    }
+
+
+def _load(recipe: str, overrides: list[str], jobs: int, say: Callable[[str], None]) -> Run:
+    """The sparse run, with a number of threads that suits `jobs` runs side by side where the recipe leaves it open."""
+    notices: list[str] = []
+    run = load(recipe, overrides, notices=notices)
+    for notice in notices:
+        say(notice)
+    if run.model.moe is None:
+        raise ConfigError(
+            f"{recipe} has no expert layers (model.moe), so there is nothing to compare: name a sparse recipe."
+        )
+    threads = run.train.threads or max(1, cpu_count() // jobs)
+    return replace(run, train=replace(run.train, threads=threads))
+
+
+def compare(
+    recipe: str,
+    *,
+    overrides: list[str],
+    seeds: int | list[int],
+    out: Path,
+    jobs: int,
+    lr_grid: list[float],
+    timing_rounds: int,
+    console: Console,
+    train_command: Sequence[str] = TRAIN,
+    timing_command: Sequence[str] = TIMING,
+) -> Path:
+    """Compare a sparse recipe with its dense twin over paired seeds; returns the path of report.html.
+
+    `seeds` is a count, from the recipe's own seed on, or a list. With `lr_grid`, the shared learning rate is the one at
+    which the dense arm ends best with the first seed. Raises UserError for what the user can correct, TrainingStopped
+    if a run fails.
+    """
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    sparse = _load(recipe, overrides, jobs, say) if jobs >= 1 else load(recipe, overrides)
+    numbers = [sparse.seed + i for i in range(seeds)] if isinstance(seeds, int) else list(seeds)
+    _check_arguments(numbers, jobs, lr_grid, timing_rounds)
+    dense, base = dense_twin(sparse), sparse.name
+    out.mkdir(parents=True, exist_ok=True)
+    rate: Json = {"value": sparse.train.optimizer.lr, "found_by": "the recipe"}
+    reused: dict[tuple[str, int], str] = {}
+    if lr_grid:
+        plans = {lr: _plan(out, base, _with_rate(dense, lr), "dense", numbers[0], f"lr-{lr:g}") for lr in lr_grid}
+        rate = find_rate(plans, jobs=jobs, command=train_command, say=say)
+        rate["found_by"] = f"lowest final loss of the dense arm with seed {numbers[0]}"
+        reused["dense", numbers[0]] = plans[rate["value"]].directory.name
+    arms = {"sparse": _with_rate(sparse, rate["value"]), "dense": _with_rate(dense, rate["value"])}
+    plans_by_arm = {
+        arm: [_plan(out, base, run, arm, seed, reused.get((arm, seed), "")) for seed in numbers]
+        for arm, run in arms.items()
+    }
+    record = {
+        "schema_version": 1,
+        "contract": CONTRACT,
+        "recipe": recipe,
+        "overrides": overrides,
+        "command": _command_line(),
+        "seeds": numbers,
+        "jobs": jobs,
+        "arms": {arm: [planned.directory.name for planned in plans] for arm, plans in plans_by_arm.items()},
+        "twin": _twin_record(arms["sparse"], arms["dense"]),
+        "learning_rate": rate,
+    }
+    _write_json(out / "compare.json", record)
+    pairs = zip(plans_by_arm["sparse"], plans_by_arm["dense"], strict=True)
+    train([planned for pair in pairs for planned in pair], jobs=jobs, command=train_command, say=say)
+    if timing_rounds:
+        time_steps(out, plans_by_arm["sparse"][0], plans_by_arm["dense"][0], timing_rounds, timing_command, say)
+    page = build_report(out)
+    say(read_json(out / "report.json")["verdict"]["sentence"])
+    say(f"report: {page}")
+    return page

@@ -1,0 +1,88 @@
+"""Training speed of two configs, measured in turns in one process: `python -m moe.experiments.step_timing --help`.
+
+Runs that share a machine, or run one after the other, measure the machine's other load as much as themselves. Here the
+arms alternate step by step on the same batch, and who goes first alternates too, so that drift hits both alike.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moe.config.load import load
+from moe.config.schema import Run
+from moe.train import step_function
+
+WARMUP_STEPS = 2
+ARMS = ("sparse", "dense")
+
+
+def _with_threads(run: Run, threads: int) -> Run:
+    return replace(run, train=replace(run.train, threads=threads))
+
+
+def interleave(
+    steps: dict[str, Callable[[int], float]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Tokens per second of each arm and round. `steps[arm](i)` does training step i and returns its tokens."""
+    speeds: dict[str, list[float]] = {arm: [] for arm in steps}
+    for index in range(WARMUP_STEPS):
+        for step in steps.values():
+            step(index)
+    for index in range(rounds):
+        order = list(steps) if index % 2 == 0 else list(steps)[::-1]
+        for arm in order:
+            start = clock()
+            tokens = steps[arm](WARMUP_STEPS + index)
+            speeds[arm].append(tokens / (clock() - start))
+    return speeds
+
+
+def _synchronised(step: Callable[[int], float]) -> Callable[[int], float]:
+    """The step, followed by waiting for the accelerator if there is one."""
+
+    def timed(index: int) -> float:
+        tokens = step(index)
+        if torch.accelerator.is_available():
+            # host sync: a step is over when its last kernel is.
+            torch.accelerator.synchronize()
+        return tokens
+
+    return timed
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Time both configs and write timing.json."""
+    parser = argparse.ArgumentParser(prog="python -m moe.experiments.step_timing", description=__doc__)
+    parser.add_argument("sparse", type=Path, help="config file of the sparse arm (JSON)")
+    parser.add_argument("dense", type=Path, help="config file of the dense arm (JSON)")
+    parser.add_argument("out", type=Path, help="file to write, e.g. timing.json")
+    parser.add_argument("--rounds", type=int, required=True, help="timed steps of each arm")
+    parser.add_argument("--threads", type=int, required=True, help="CPU threads")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    steps = {
+        arm: _synchronised(step_function(_with_threads(load(path), given.threads)))
+        for arm, path in zip(ARMS, (given.sparse, given.dense), strict=True)
+    }
+    device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    result = {
+        "schema_version": 1,
+        "threads": given.threads,
+        "rounds": given.rounds,
+        "device": device,
+        "torch": torch.__version__,
+        **interleave(steps, given.rounds),
+    }
+    partial = given.out.with_name(given.out.name + ".partial")
+    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    os.replace(partial, given.out)
+
+
+if __name__ == "__main__":
+    main()

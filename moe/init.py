@@ -1,0 +1,54 @@
+"""The one initialisation table, and how each parameter gets its first value.
+
+| parameter                              | distribution                                                  |
+|----------------------------------------|---------------------------------------------------------------|
+| norms (`*norm*.weight`)                | 1                                                             |
+| biases (`*.bias`), attention sinks     | 0                                                             |
+| matrices that write to the residual    | N(0, std / sqrt(2·num_layers)) with depth scaling (GPT-2), so |
+| stream (`out`, `down`, `w_down_EFD`)   | that its variance does not grow with depth                    |
+| every other matrix, embedding, router  | N(0, std)                                                     |
+
+A value is a function of (seed, canonical name, global expert index): the same in every layout, and in a model and its twin
+wherever names and shapes agree.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moe.random import stable_seed
+
+RESIDUAL_WRITERS = ("attention.out.weight", ".down.weight", "w_down_EFD")
+
+
+@torch.no_grad()
+def initialise(
+    module: nn.Module, *, seed: int, std: float, residual_scale: float = 1.0, prefix: str = "", skip: str = ""
+) -> None:
+    """Fill every parameter of `module`, whose canonical name is `prefix` + its own name, by the table.
+
+    Parameters on the meta device, and those whose name holds `skip` if it is not empty, are left alone.
+    """
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta and not (skip and skip in name):
+            _fill(parameter, prefix + name, seed, std, residual_scale)
+
+
+def _fill(parameter: Tensor, name: str, seed: int, std: float, residual_scale: float) -> None:
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in ("bias", "sink_N"):
+        parameter.zero_()
+    elif "norm" in name.split(".")[-2]:
+        parameter.fill_(1.0)
+    else:
+        deviation = std * residual_scale if name.endswith(RESIDUAL_WRITERS) else std
+        if "E" in leaf.rsplit("_", 1)[-1] and "_" in leaf:
+            for expert in range(parameter.shape[0]):
+                parameter[expert].copy_(_normal(parameter.shape[1:], deviation, stable_seed(seed, name, expert)))
+        else:
+            parameter.copy_(_normal(parameter.shape, deviation, stable_seed(seed, name)))
+
+
+def _normal(shape: torch.Size, std: float, seed: int) -> Tensor:
+    """Drawn on the CPU, so that a device never changes the start."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * std

@@ -1,0 +1,198 @@
+"""The decoder-only transformer: pre-norm blocks of attention and a dense or expert feed-forward layer."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from moe.attention import GroupedQuery, Latent, RMSNorm, RotaryEmbedding, attention_mask
+from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer
+from moe.init import initialise
+from moe.moe_layer import Linear, MoELayer, SwiGLU
+from moe.routing import Counts, Routing, Selection, Tokens
+
+IGNORE = -100
+"""Target of a token that carries no loss."""
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """What one expert layer reports: its block's index, additive statistics, and its choice."""
+
+    layer: int
+    statistics: Counts
+    selection: Selection
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass returns; nothing of it is stored anywhere else."""
+
+    logits_BSV: Tensor | None
+    """Logits, float32; None when targets were given."""
+    loss: Tensor | None
+    """This micro-batch's additive part of the step's language-model loss in nats per token; None without targets."""
+    losses: dict[str, Tensor]
+    """Auxiliary losses by name, means over the expert layers, unweighted."""
+    objective: Tensor | None
+    """What to differentiate: loss plus the weighted auxiliary losses."""
+    routing: tuple[LayerRouting, ...]
+    """One entry per expert layer, in order."""
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: Model, layer: int, moe_index: int, seed: int, residual_scale: float):
+        super().__init__()
+        attention = config.attention
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = (
+            GroupedQuery(attention, config) if isinstance(attention, GroupedQueryAttention) else Latent(attention, config)
+        )
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = self.moe = None
+        if is_moe_layer(config, layer):
+            assert config.moe is not None
+            self.moe = MoELayer(
+                config.moe,
+                config.dim,
+                layer=layer,
+                moe_index=moe_index,
+                seed=seed,
+                init_std=config.init_std,
+                residual_scale=residual_scale,
+            )
+        else:
+            self.ffn = SwiGLU(config.dim, ffn_hidden(config, layer))
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        tokens: Tokens,
+        replay: Selection | None,
+    ) -> tuple[Tensor, Routing | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_sin, mask)
+        h_BSD = self.ffn_norm(x_BSD)
+        if self.moe is not None:
+            y_BSD, routing = self.moe(h_BSD, tokens, replay)
+            return x_BSD + y_BSD, routing
+        assert self.ffn is not None
+        return x_BSD + self.ffn(h_BSD), None
+
+
+class Transformer(nn.Module):
+    """Token ids to logits or loss. Parameters are float32; `dtype` is the type of activations and matrix products.
+
+    `recompute` keeps only block inputs and the routing decision for backward (activation checkpointing).
+    """
+
+    def __init__(self, config: Model, *, seed: int = 0, dtype: torch.dtype = torch.float32, recompute: bool = False):
+        super().__init__()
+        self.config, self.dtype, self.recompute = config, dtype, recompute
+        attention = config.attention
+        grouped = isinstance(attention, GroupedQueryAttention)
+        rotated_dim = int(attention.head_dim * config.rotary.fraction) if grouped else attention.rope_dim
+        self.windows = attention.windows if grouped else (0,)
+        residual_scale = 1 / math.sqrt(2 * config.num_layers) if config.init_depth_scaling else 1.0
+        moe_layers = [layer for layer in range(config.num_layers) if is_moe_layer(config, layer)]
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.rotary = RotaryEmbedding(config.rotary, rotated_dim)
+        self.layers = nn.ModuleList(
+            Block(config, layer, sum(m < layer for m in moe_layers), seed, residual_scale)
+            for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tied_head else Linear(config.dim, config.vocab_size, bias=False)
+        initialise(self, seed=seed, std=config.init_std, residual_scale=residual_scale, skip=".moe.")
+
+    def forward(
+        self,
+        ids_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        *,
+        tokens: Tokens | None = None,
+        step_targets: Tensor | None = None,
+        replay: tuple[Selection, ...] | None = None,
+    ) -> Output:
+        """Run the model on ids_BS [B, S] int64.
+
+        targets_BS [B, S] (IGNORE for none) asks for the loss: the sum over targets divided by `step_targets`, the number of
+        targets of the whole optimizer step (default: of this batch). `replay` has one selection per expert layer.
+        """
+        tokens = tokens if tokens is not None else Tokens.of(ids_BS)
+        S = ids_BS.shape[1]
+        position_S = torch.arange(S, device=ids_BS.device)
+        cos_sin = self.rotary(position_S)
+        document_BS = tokens.document_T.view_as(ids_BS) if self.config.document_mask else None
+        masks = {window: attention_mask(position_S, document_BS, window) for window in set(self.windows)}
+        x_BSD = self.embedding(ids_BS).to(self.dtype)
+        routings: list[tuple[int, Routing]] = []
+        for layer, block in enumerate(self.layers):
+            forced = replay[len(routings)] if replay is not None and block.moe is not None else None
+            run = partial(_recomputed, block) if self.recompute and torch.is_grad_enabled() else block
+            x_BSD, routing = run(x_BSD, cos_sin, masks[self.windows[layer % len(self.windows)]], tokens, forced)
+            if routing is not None:
+                routings.append((layer, routing))
+        logits_BSV = self._logits(self.norm(x_BSD))
+        losses, auxiliary = _mean_losses([routing for _, routing in routings])
+        reports = tuple(LayerRouting(layer, routing.statistics, routing.selection) for layer, routing in routings)
+        if targets_BS is None:
+            return Output(logits_BSV, None, losses, None, reports)
+        count = step_targets if step_targets is not None else (targets_BS != IGNORE).sum()
+        nll = cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum")
+        loss = nll / count.clamp(min=1)
+        return Output(None, loss, losses, loss + auxiliary, reports)
+
+    def _logits(self, x_BSD: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        logits = nn.functional.linear(x_BSD, weight.to(x_BSD.dtype))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def moe_layers(self) -> list[tuple[int, MoELayer]]:
+        """(block index, layer) of every expert layer, in order."""
+        return [(index, block.moe) for index, block in enumerate(self.layers) if block.moe is not None]
+
+
+def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Negative log-likelihood of each target in nats [B, S], float32; 0 where there is none."""
+    flat = cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORE, reduction="none")
+    return flat.view_as(targets_BS)
+
+
+def _mean_losses(routings: list[Routing]) -> tuple[dict[str, Tensor], Tensor | float]:
+    """Each auxiliary loss's mean over the layers, and their weighted sum."""
+    names = {name: None for routing in routings for name in routing.losses}
+    means: dict[str, Tensor] = {}
+    auxiliary: Tensor | float = 0.0
+    for name in names:
+        layers = [routing.losses[name] for routing in routings if name in routing.losses]
+        means[name] = torch.stack([loss.value for loss in layers]).mean()
+        if any(loss.weight for loss in layers):
+            auxiliary = auxiliary + torch.stack([loss.value * loss.weight for loss in layers]).mean()
+    return {name: mean.detach() for name, mean in means.items()}, auxiliary
+
+
+# Operators whose results are the routing decision: kept, so that recomputation replays the choice instead of making it again.
+_DECISIONS = {
+    torch.ops.aten.topk.default,
+    torch.ops.aten.sort.default,
+    torch.ops.aten.sort.stable,
+    torch.ops.aten.argsort.stable,
+}
+
+
+def _keep_decisions(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _DECISIONS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _recomputed(block: nn.Module, *args):
+    """Run a block keeping only its inputs and its routing decision for backward."""
+    context = partial(create_selective_checkpoint_contexts, _keep_decisions)
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context)

@@ -1,0 +1,89 @@
+"""The expert layer: route, order rows by expert, apply the experts, add the shared expert."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from moe.config.load import resolve_router, router_name
+from moe.config.schema import MoE
+from moe.experts import Experts
+from moe.init import initialise
+from moe.routing import Dispatch, Routing, Selection, Tokens, plan
+
+
+class Linear(nn.Linear):
+    """A linear map whose float32 parameters are cast to the input's type at use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+class SwiGLU(nn.Module):
+    """Dense feed-forward network (silu(x W_gate) · (x W_up)) W_down (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate, self.up = Linear(dim, hidden, bias=False), Linear(dim, hidden, bias=False)
+        self.down = Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(silu(self.gate(x)) * self.up(x))
+
+
+class MoELayer(nn.Module):
+    """A drop-in for a feed-forward block: x_BSD [B, S, D] to (y_BSD of the same shape and type, Routing).
+
+    `layer` is the block's index in the model and `seed` that of the run: routing noise is a function of both.
+    The caller adds each of routing.losses, value·weight, to its loss, and calls `update` once per optimizer step.
+    """
+
+    def __init__(
+        self,
+        config: MoE,
+        dim: int,
+        *,
+        layer: int = 0,
+        moe_index: int = 0,
+        seed: int = 0,
+        init_std: float = 0.02,
+        residual_scale: float = 1.0,
+    ):
+        super().__init__()
+        router = resolve_router(router_name(config.router)).Router
+        self.router = router(
+            config.router,
+            dim=dim,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            layer=moe_index,
+            seed=seed,
+        )
+        self.experts = Experts(config.num_experts, dim, config.expert_hidden, config.backend)
+        self.shared = SwiGLU(dim, config.shared_hidden) if config.shared_hidden else None
+        self.shared_gate = Linear(dim, 1, bias=False) if config.shared_gate else None
+        initialise(self, seed=seed, std=init_std, residual_scale=residual_scale, prefix=f"layers.{layer}.moe.")
+
+    def forward(self, x_BSD: Tensor, tokens: Tokens | None = None, replay: Selection | None = None) -> tuple[Tensor, Routing]:
+        x_TD = x_BSD.flatten(0, 1)
+        routing = self.router(x_TD, tokens if tokens is not None else Tokens.of_hidden(x_BSD), replay)
+        dispatch: Dispatch = plan(routing)
+        y_TD = self.experts(x_TD, dispatch)
+        if routing.bypass_TD is not None:
+            y_TD = y_TD + routing.bypass_TD.to(y_TD.dtype)
+        if self.shared is not None:
+            shared_TD = self.shared(x_TD)
+            if self.shared_gate is not None:
+                shared_TD = shared_TD * self.shared_gate(x_TD).sigmoid()
+            y_TD = y_TD + shared_TD
+        return y_TD.view_as(x_BSD), routing
+
+    def update(self, routing_counts_E: Tensor) -> None:
+        """Let the router adapt to the rows per expert of the whole optimizer step [E]."""
+        self.router.update(routing_counts_E)
+
+
+def auxiliary_loss(routing: Routing) -> Tensor:
+    """Weighted sum of a routing's losses, float32 scalar."""
+    zero = torch.zeros((), device=routing.weight_R.device)
+    return sum((loss.value * loss.weight for loss in routing.losses.values() if loss.weight), start=zero)

@@ -1,0 +1,119 @@
+"""The ranks of a run and what they say to each other. Without torchrun there is one rank and every call is local.
+
+Data parallel: each rank computes its rows of the batch, and gradients are summed. Every loss is divided by counts over the
+whole step before it is differentiated, so a sum is all there is to do, whatever the number of ranks.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe.errors import UserError
+
+Value = TypeVar("Value")
+BUCKET_ELEMENTS = 16 * 2**20
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes files and speaks on the console."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, without gradient; the argument is left alone."""
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Maximum over ranks, without gradient; the argument is left alone."""
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
+        tensor = tensor.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=op)
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace every gradient by its sum over ranks, in buckets of at most 64 MiB of float32."""
+        if self.world_size == 1:
+            return
+        grads = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            grads.append(parameter.grad)
+        while grads:
+            bucket = [grads.pop(0)]
+            while grads and sum(g.numel() for g in bucket) + grads[0].numel() <= BUCKET_ELEMENTS:
+                bucket.append(grads.pop(0))
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            dist.all_reduce(flat)
+            for grad, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                grad.copy_(total.view_as(grad))
+
+    def broadcast(self, value: Value) -> Value:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def first_then_others(self, action: Callable[[], Value]) -> Value:
+        """Run on rank 0, then on the others; a UserError of rank 0 ends them all, and none waits for ever."""
+        outcome: list[Value] = []
+        error: UserError | None = None
+        if self.first:
+            try:
+                outcome.append(action())
+            except UserError as caught:
+                error = caught
+        error = self.broadcast(error)
+        if error is not None:
+            raise error
+        return outcome[0] if self.first else action()
+
+
+def start(device: str) -> Ranks:
+    """Join the run: one process, or those that torchrun started (RANK and WORLD_SIZE in the environment).
+
+    `device` is "auto", "cpu" or "cuda". Raises UserError if that device is not there.
+    """
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device == "cuda" and (kind is None or kind.type != "cuda"):
+        raise UserError(f"train.device='cuda', but torch {torch.__version__} sees no CUDA device: use 'auto' or 'cpu'")
+    use_accelerator = device != "cpu" and kind is not None
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    place = torch.device(kind.type, local_rank) if use_accelerator and kind is not None else torch.device("cpu")
+    if use_accelerator:
+        torch.accelerator.set_device_index(local_rank)
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Ranks(0, 1, place)
+    if not dist.is_initialized():
+        store, rank, world_size = next(iter(dist.rendezvous("env://")))
+        # after an elastic restart the store still holds the dead attempt's addresses: each attempt gets its own keys
+        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = dist.get_default_backend_for_device(place)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    return Ranks(dist.get_rank(), dist.get_world_size(), place)
+
+
+def stop() -> None:
+    """Leave the run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

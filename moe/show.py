@@ -1,0 +1,176 @@
+"""What `moe show` prints of a run, before anything is built: settings, sizes, FLOPs, memory, and each layer."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from moe import cost
+from moe.config.load import dump, resolve_router, router_name
+from moe.config.schema import Balance, GroupedQueryAttention, Model, MoE, Run, ffn_hidden, is_moe_layer
+from moe.config.tree import fields_of
+from moe.config.words import dotted, typed
+from moe.train.step import needs_first_pass
+
+MIN_WIDTH = 110
+"""Columns below which the table of layers would break its cells."""
+
+
+def show(run: Run, notices: list[str]) -> None:
+    """Print a run's plan; every line under `settings` can be typed as an override."""
+    console = Console()
+    console.width = max(console.width, MIN_WIDTH)
+    for text in [*notices, *warnings(run)]:
+        console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+    console.print("settings", style="bold")
+    for line in settings(dump(run)):
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    for title, rows in (("size", _size(run)), ("cost", _cost(run)), ("memory", _memory(run)), ("router", _router(run))):
+        if rows:
+            console.print(_pairs(title, rows))
+    console.print(_layers(run))
+
+
+def settings(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[str]:
+    """A plain config as lines a.b.c=value, lists of plain values whole."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from settings(item, (*path, key))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for index, item in enumerate(value):
+            yield from settings(item, (*path, index))
+    else:
+        yield f"{dotted(path)}={typed(value)}"
+
+
+def warnings(run: Run) -> list[str]:
+    """What the user should know of a valid run: a router that sees the future, a first pass that costs time."""
+    moe = run.model.moe
+    if moe is None:
+        return []
+    texts = []
+    if not resolve_router(router_name(moe.router)).Router.causal:
+        texts.append(
+            f"router {router_name(moe.router)} is not causal: which experts a token gets depends on later tokens of "
+            "its row, so the training loss is a little too good, and generation routes otherwise"
+        )
+    if needs_first_pass(run, world_size=1):
+        texts.append(
+            "balance scope global over several micro-batches needs a first forward pass without gradient, for the "
+            "counts: about a third more FLOPs; micro_rows=batch_rows or scope=sequence does without"
+        )
+    if any(balance.scope == "micro_batch" for _, balance in _balances(moe)):
+        texts.append("balance scope micro_batch depends on micro_rows and on the number of processes")
+    return texts
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _size(run: Run) -> list[tuple[str, str]]:
+    count = cost.parameters(run.model)
+    rows = [("parameters, total", _number(count.total)), ("parameters, active per token", _number(count.active))]
+    return rows + [(f"  {name}", _number(total)) for name, total in count.components.items()]
+
+
+def _cost(run: Run) -> list[tuple[str, str]]:
+    length = run.data.sequence_length
+    per_token = cost.train_flops_per_token(run.model, length)
+    tokens = cost.tokens_per_step(run)
+    shares = cost.flops_by_component(run.model, length)
+    forward = sum(shares.values())
+    return [
+        ("training FLOPs per token", _number(per_token)),
+        ("  forward", ", ".join(f"{name} {value / forward:.1%}" for name, value in shares.items())),
+        ("tokens per step", _number(tokens)),
+        ("tokens, whole run", _number(tokens * run.train.steps)),
+        ("FLOPs, whole run", _number(tokens * run.train.steps * per_token)),
+    ]
+
+
+def _memory(run: Run) -> list[tuple[str, str]]:
+    parts = cost.memory_bytes(run)
+    return [(name, f"{value / 2**20:,.1f} MiB") for name, value in parts.items()]
+
+
+def _router(run: Run) -> list[tuple[str, str]]:
+    moe = run.model.moe
+    if moe is None:
+        return []
+    rows = moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
+    pairs = [
+        ("source", moe.router.source or "not stated"),
+        ("rows per token", f"{rows:g} expected, of top_k={moe.top_k} and num_experts={moe.num_experts}"),
+    ]
+    for name, balance in _balances(moe):
+        weight = f"{balance.weight:g} (1.0 is balance), or {balance.weight / moe.top_k:g} where f is not divided by K"
+        pairs.append((name, f"weight {weight}; scope {balance.scope}; mean over expert layers"))
+    return pairs
+
+
+def _balances(moe: MoE) -> list[tuple[str, Balance]]:
+    values = ((name, getattr(moe.router, name)) for name in fields_of(type(moe.router)))
+    return [(name, value) for name, value in values if isinstance(value, Balance)]
+
+
+def _layers(run: Run) -> Table:
+    table = Table(title="layers (FLOPs: forward)", title_justify="left", title_style="bold", box=SIMPLE)
+    for header in ("layer", "attention", "feed-forward", "parameters", "active", "FLOPs/token"):
+        table.add_column(header, justify="left" if header in ("layer", "attention", "feed-forward") else "right")
+    counts = cost.parameters(run.model).layers
+    flops = cost.flops_by_layer(run.model, run.data.sequence_length)
+    rows = [
+        (
+            _attention(run.model, layer),
+            _feed_forward(run.model, layer),
+            _number(sum(counts[layer].values())),
+            _number(sum(counts[layer].values()) - _idle(run.model, counts[layer])),
+            _number(sum(flops[layer].values())),
+        )
+        for layer in range(run.model.num_layers)
+    ]
+    for row, group in groupby(range(len(rows)), key=lambda layer: rows[layer]):
+        first, *rest = group
+        table.add_row(f"{first}-{rest[-1]}" if rest else str(first), *row)
+    return table
+
+
+def _attention(model: Model, layer: int) -> str:
+    attention = model.attention
+    if not isinstance(attention, GroupedQueryAttention):
+        return f"latent, {attention.num_heads} heads, rank {attention.kv_rank}"
+    window = attention.windows[layer % len(attention.windows)]
+    reach = f", window {window}" if window else ""
+    return f"{attention.num_heads}/{attention.num_kv_heads} heads of {attention.head_dim}{reach}"
+
+
+def _feed_forward(model: Model, layer: int) -> str:
+    moe = model.moe
+    if moe is None or not is_moe_layer(model, layer):
+        return f"dense {ffn_hidden(model, layer)}"
+    shared = f" + shared {moe.shared_hidden}{' gated' if moe.shared_gate else ''}" if moe.shared_hidden else ""
+    return f"{moe.top_k} of {moe.num_experts} experts of {moe.expert_hidden}{shared}"
+
+
+def _idle(model: Model, counts: dict[str, int]) -> int:
+    """Parameters of the experts that a token does not use."""
+    moe = model.moe
+    return counts.get("experts", 0) * (moe.num_experts - moe.top_k) // moe.num_experts if moe is not None else 0
+
+
+def _number(value: float) -> str:
+    """1,234 in full; from a million on with a letter: 12.34 M."""
+    for unit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= unit:
+            return f"{value / unit:.3f} {letter}"
+    return f"{value:,.0f}"

@@ -1,0 +1,27 @@
+"""The trainer: `train` and `resume`, and `step_function` for those who time a step.
+
+    step       one optimizer step
+    loop       a run from set-up to summary
+    evaluate   loss on fixed validation rows
+    replay     recording and forcing of routing
+    record     run.json, attempts, memory
+    console    what a person sees
+    mirrors    Weights & Biases, TensorBoard
+"""
+
+from collections.abc import Callable
+
+from moe import parallel
+from moe.config.schema import Run
+from moe.data import prepare
+from moe.train.loop import resume, train
+from moe.train.step import build_state, train_step
+
+__all__ = ["resume", "step_function", "train"]
+
+
+def step_function(run: Run) -> Callable[[int], int]:
+    """A function that does optimizer step i of a run in this process and returns its number of tokens; it writes nothing."""
+    ranks = parallel.start(run.train.device)
+    state = build_state(run, ranks, prepare(run.data))
+    return lambda step: train_step(state, step).tokens

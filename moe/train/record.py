@@ -1,0 +1,122 @@
+"""What a run leaves in its folder besides metrics: run.json, the code's state, attempts, and the summary."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from moe.config.load import dump
+from moe.config.schema import Run
+from moe.errors import ConfigError
+from moe.metrics import SCHEMA_VERSION, JsonLines, write_json
+from moe.parallel import Ranks
+
+_VERSIONED = ("moe-lab", "torch", "triton", "numpy", "datasets", "tokenizers")
+
+
+def default_out(run: Run) -> Path:
+    """runs/<name>-<local time>."""
+    return Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def claim_folder(out: Path) -> None:
+    """Make the run's folder; refuse one that holds anything. Raises ConfigError."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"out={str(out)!r} exists and is not empty: choose another folder, or continue that run with 'moe resume {out}'"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def write_run(out: Path, run: Run, ranks: Ranks, backend: str) -> None:
+    """Write run.json (enough to start the run again) and git.diff if the code differs from its commit."""
+    commit, diff = _git_state()
+    meta = {
+        "git_commit": commit,
+        "git_dirty": bool(diff),
+        "threads": torch.get_num_threads(),
+        "world_size": ranks.world_size,
+        "backend": backend,
+        "device": _device_name(ranks.device),
+        "hostname": platform.node(),
+        "command": sys.argv,
+        "started": _now(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONED}},
+    }
+    if diff:
+        (out / "git.diff").write_text(diff, encoding="utf-8")
+    write_json(out / "run.json", {"schema_version": SCHEMA_VERSION, "run": dump(run), "meta": meta})
+
+
+def begin_attempt(out: Path, from_step: int, ranks: Ranks, overrides: list[str]) -> int:
+    """Append a line to attempts.jsonl; returns this attempt's number, from 1."""
+    path = out / "attempts.jsonl"
+    attempt = 1 + (path.read_bytes().count(b"\n") if path.is_file() else 0)
+    log = JsonLines(path, attempt)
+    log.write(
+        from_step=from_step,
+        world_size=ranks.world_size,
+        threads=torch.get_num_threads(),
+        overrides=overrides,
+        started=_now(),
+    )
+    log.close()
+    return attempt
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: the device's allocator, or the process's resident set on a CPU."""
+    if device.type == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.accelerator.max_memory_allocated(device)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory held now: the device's allocator, or the process's resident set (Linux; elsewhere its peak)."""
+    if device.type != "cpu":
+        return torch.accelerator.memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return peak_memory_bytes(device)
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()})"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> tuple[str | None, str]:
+    """Commit and uncommitted difference of the code that runs; (None, "") outside a git checkout."""
+    folder = Path(__file__).parents[2]
+    commit = _git(folder, "rev-parse", "HEAD") if (folder / ".git").exists() else None
+    return (commit.strip(), _git(folder, "diff", "HEAD") or "") if commit else (None, "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+

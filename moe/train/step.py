@@ -1,0 +1,214 @@
+"""One optimizer step: micro-batches forward and backward, sums over ranks, clipping, update, router update.
+
+Every quantity is a sum of additive parts over micro-batches and ranks, divided by counts over the whole step that are
+known before the first forward pass, so losses, gradients and statistics do not depend on the layout.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.config.schema import Run
+from moe.data import Batch, Corpus
+from moe.model import IGNORE, LayerRouting, Output, Transformer
+from moe.optim import build_optimizer, clip, gradient_norm, learning_rate
+from moe.parallel import Ranks
+from moe.routing import Selection, Tokens
+from moe.train.replay import Recorder, Replayer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class State:
+    """What a training step needs and changes."""
+
+    run: Run
+    ranks: Ranks
+    corpus: Corpus
+    model: Transformer
+    forward: Callable[..., Output]
+    """The model, compiled if asked for."""
+    optimizer: torch.optim.Optimizer
+    recorder: Recorder | None = None
+    replayer: Replayer | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, summed over the whole batch."""
+
+    loss: float
+    losses: dict[str, float]
+    lr: float
+    grad_norm: float
+    tokens: int
+    """Valid tokens of the step."""
+    skipped: bool
+    stop: bool
+    """Whether any rank was asked to stop."""
+    statistics: list[tuple[int, dict[str, Tensor]]]
+    """(block index, statistics) per expert layer; those ending in _max only if they were asked for."""
+
+
+def build_state(run: Run, ranks: Ranks, corpus: Corpus) -> State:
+    """Model, optimizer and replay of a run, on this rank's device."""
+    train = run.train
+    model = Transformer(
+        run.model, seed=run.seed, dtype=DTYPES[train.precision], recompute=train.activation_checkpointing
+    ).to(ranks.device)
+    forward = torch.compile(model, fullgraph=False) if train.compile else model
+    return State(run, ranks, corpus, model, forward, build_optimizer(model, train.optimizer))
+
+
+def micro_ranges(run: Run, ranks: Ranks) -> list[range]:
+    """The rows of each micro-batch of this rank; ranks hold consecutive shares of the batch."""
+    share = run.train.batch_rows // ranks.world_size
+    first = ranks.rank * share
+    return [range(row, row + run.train.micro_rows) for row in range(first, first + share, run.train.micro_rows)]
+
+
+def train_step(state: State, step: int, *, stop: bool = False, maxima: bool = False) -> StepResult:
+    """Do optimizer step `step` (from 0). `stop` says that this rank was asked to stop; `maxima` asks for all statistics."""
+    run, ranks, model = state.run, state.ranks, state.model
+    train = run.train
+    model.train()
+    batches = [
+        state.corpus.train_batch(step, rows, batch_rows=train.batch_rows, seed=run.seed) for rows in micro_ranges(run, ranks)
+    ]
+    targets, valid_tokens, valid_rows, stops = _step_counts(batches, stop, ranks)
+    inputs = [_inputs(batch, step, valid_tokens, valid_rows, ranks.device) for batch in batches]
+    inputs = _with_global_counts(state, batches, inputs)
+    lr = learning_rate(train.schedule, train.optimizer.lr, step, train.steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.zero_grad(set_to_none=True)
+    outputs = [
+        _forward_backward(state, batch, tokens, targets, step) for batch, tokens in zip(batches, inputs, strict=True)
+    ]
+    ranks.sum_gradients(model.parameters())
+    loss, losses, statistics = _reduce(outputs, ranks, maxima)
+    norm = gradient_norm(model)
+    grad_norm = float(norm)  # host sync: a step that is not finite must not reach the optimizer
+    skipped = not (torch.isfinite(norm) and loss == loss and abs(loss) != float("inf"))
+    if not skipped:
+        clip(model, norm, train.clip_norm)
+        state.optimizer.step()
+        for (_, layer), (_, counts) in zip(model.moe_layers(), statistics, strict=True):
+            layer.update(counts["counts_E"])
+    return StepResult(loss, losses, lr, grad_norm, int(valid_tokens), skipped, bool(stops), statistics)
+
+
+def _step_counts(batches: list[Batch], stop: bool, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Targets, valid tokens, rows with a valid token and stop requests of the whole step, float64 scalars."""
+    counts = [
+        sum(int((batch.targets_BS != IGNORE).sum()) for batch in batches),
+        sum(int(batch.valid_BS.sum()) for batch in batches),
+        sum(int(batch.valid_BS.any(1).sum()) for batch in batches),
+        int(stop),
+    ]
+    total = ranks.sum(torch.tensor(counts, dtype=torch.float64, device=ranks.device))
+    return total[0], total[1], total[2], total[3]
+
+
+def _inputs(batch: Batch, step: int, valid_tokens: Tensor, valid_rows: Tensor, device: torch.device) -> Tokens:
+    B, S = batch.ids_BS.shape
+    return Tokens(
+        ids_T=batch.ids_BS.flatten().to(device),
+        row_T=batch.row_B.repeat_interleave(S).to(device),
+        position_T=torch.arange(S, device=device).repeat(B),
+        document_T=batch.document_BS.flatten().to(device),
+        valid_T=batch.valid_BS.flatten().to(device),
+        num_rows=B,
+        step=torch.tensor(step, device=device),
+        step_tokens=valid_tokens.float(),
+        step_rows=valid_rows.float(),
+    )
+
+
+def needs_first_pass(run: Run, world_size: int) -> bool:
+    """Whether the `global` balance scope must count rows in a forward pass of its own, before the one with gradient.
+
+    It must where the step has several micro-batches, or several ranks and a forward pass that cannot hold a collective.
+    """
+    moe = run.model.moe
+    balance = getattr(moe.router, "balance", None) if moe is not None else None
+    if balance is None or balance.scope != "global" or balance.weight == 0:
+        return False
+    accumulation = run.train.batch_rows // (world_size * run.train.micro_rows)
+    return accumulation > 1 or (world_size > 1 and (run.train.activation_checkpointing or run.train.compile))
+
+
+def _with_global_counts(state: State, batches: list[Batch], inputs: list[Tokens]) -> list[Tokens]:
+    """Give the tokens what `global` scope needs: a way to sum counts over ranks, or the counts of a first pass."""
+    if not needs_first_pass(state.run, state.ranks.world_size):
+        reduce = state.ranks.sum if state.ranks.world_size > 1 and len(batches) == 1 else None
+        return [replace(tokens, sum_over_ranks=reduce) for tokens in inputs]
+    with torch.no_grad():
+        counts = [
+            torch.stack([layer.statistics["counts_E"] for layer in _forward(state, batch, tokens).routing])
+            for batch, tokens in zip(batches, inputs, strict=True)
+        ]
+    counts_LE = state.ranks.sum(torch.stack(counts).sum(0))
+    return [replace(tokens, step_counts_LE=counts_LE) for tokens in inputs]
+
+
+def _forward(state: State, batch: Batch, tokens: Tokens, **loss: Any) -> Output:
+    replay: tuple[Selection, ...] | None = None
+    if state.replayer is not None:
+        replay = state.replayer.selections(int(tokens.step), batch.row_B, batch.ids_BS.shape[1], state.ranks.device)
+    return state.forward(batch.ids_BS.to(state.ranks.device), tokens=tokens, replay=replay, **loss)
+
+
+def _forward_backward(state: State, batch: Batch, tokens: Tokens, targets: Tensor, step: int) -> Output:
+    """Forward and backward of one micro-batch; returns the output without its graph."""
+    output = _forward(
+        state, batch, tokens, targets_BS=batch.targets_BS.to(state.ranks.device), step_targets=targets.float()
+    )
+    assert output.objective is not None and output.loss is not None
+    output.objective.backward()
+    if state.recorder is not None:
+        state.recorder.write(step, batch.row_B, batch.ids_BS.shape[1], [layer.selection for layer in output.routing])
+    return replace(output, loss=output.loss.detach(), objective=None)
+
+
+def _reduce(
+    outputs: list[Output], ranks: Ranks, maxima: bool
+) -> tuple[float, dict[str, float], list[tuple[int, dict[str, Tensor]]]]:
+    """Sum losses and statistics over micro-batches and ranks, in one collective (and one for maxima)."""
+    names = list(outputs[0].losses)
+    scalars = torch.stack([_sum_of([o.loss for o in outputs]), *(_sum_of([o.losses[n] for o in outputs]) for n in names)])
+    keys = [
+        (index, name) for index, layer in enumerate(outputs[0].routing) for name in layer.statistics if _sums(name)
+    ]
+    parts = [_sum_of([o.routing[index].statistics[name] for o in outputs]) for index, name in keys]
+    flat = ranks.sum(torch.cat([scalars.double(), *(part.double().flatten() for part in parts)]))
+    values = flat[: len(scalars)].tolist()  # host sync: once per step, for the log and the check of finiteness
+    statistics: list[tuple[int, dict[str, Tensor]]] = [(layer.layer, {}) for layer in outputs[0].routing]
+    offset = len(scalars)
+    for (index, name), part in zip(keys, parts, strict=True):
+        statistics[index][1][name] = flat[offset : offset + part.numel()].view(part.shape)
+        offset += part.numel()
+    if maxima and statistics:
+        _reduce_maxima([o.routing for o in outputs], statistics, ranks)
+    return values[0], dict(zip(names, values[1:], strict=True)), statistics
+
+
+def _reduce_maxima(
+    routings: list[tuple[LayerRouting, ...]], statistics: list[tuple[int, dict[str, Tensor]]], ranks: Ranks
+) -> None:
+    keys = [(index, name) for index, layer in enumerate(routings[0]) for name in layer.statistics if not _sums(name)]
+    parts = [torch.stack([routing[index].statistics[name] for routing in routings]).amax() for index, name in keys]
+    for (index, name), value in zip(keys, ranks.max(torch.stack(parts)), strict=True):
+        statistics[index][1][name] = value
+
+
+def _sums(name: str) -> bool:
+    return not name.endswith("_max")
+
+
+def _sum_of(tensors: list[Tensor | None]) -> Tensor:
+    return torch.stack([tensor.detach() for tensor in tensors if tensor is not None]).sum(0)

@@ -1,0 +1,48 @@
+"""The first comparison: a byte-level model of Python source code, sparse against a dense twin of equal active FLOPs."""
+
+from moe.config.schema import (
+    AdamW,
+    Balance,
+    Cosine,
+    Data,
+    Evaluation,
+    GroupedQueryAttention,
+    Logging,
+    Model,
+    MoE,
+    Run,
+    Train,
+)
+from moe.routers.topk import Config as TopK
+
+
+def run() -> Run:
+    """Three layers of width 96 with top-1 routing over 8 experts."""
+    return Run(
+        name="quickstart",
+        model=Model(
+            vocab_size=257,
+            dim=96,
+            num_layers=3,
+            ffn_hidden=384,
+            attention=GroupedQueryAttention(num_heads=4, num_kv_heads=4, head_dim=24),
+            moe=MoE(
+                num_experts=8,
+                top_k=1,
+                expert_hidden=256,
+                router=TopK(gate="full", balance=Balance(weight=0.001), z_weight=0.001),
+            ),
+            document_mask=False,
+            init_std=0.08,
+        ),
+        data=Data(sequence_length=128),
+        train=Train(
+            steps=600,
+            batch_rows=32,
+            micro_rows=32,
+            optimizer=AdamW(lr=3e-3),
+            schedule=Cosine(warmup_steps=30),
+        ),
+        evaluation=Evaluation(every_steps=100, rows=256, final_rows=4096),
+        logging=Logging(routing_every=10),
+    )
