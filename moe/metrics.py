@@ -78,13 +78,15 @@ def _finite(value: Any) -> Any:
 def max_vio_floor(num_experts: int, rows: float) -> float:
     """Expected MaxVio of a perfect router whose `rows` fall on experts independently: the noise floor of MaxVio.
 
-    The largest of E binomial loads, as Blom's order statistic z = Φ⁻¹((E - 3/8)/(E + 1/4)) of normal variables times the
-    relative deviation sqrt((E - 1)/rows).
+    Loads that sum to a constant are E independent Poisson loads minus their mean, so the largest exceeds the mean by
+    z·r + (z² - 1)/6·r² of it: r = sqrt(E/rows) is a load's relative deviation and its skewness, z = Φ⁻¹((E - 3/8)/(E + 1/4))
+    Blom's normal order statistic, and the second term the Cornish-Fisher correction.
     """
     if num_experts < 2 or rows <= 0:
         return 0.0
     z = NormalDist().inv_cdf((num_experts - 0.375) / (num_experts + 0.25))
-    return z * math.sqrt((num_experts - 1) / rows)
+    r = math.sqrt(num_experts / rows)
+    return z * r + (z * z - 1) / 6 * r * r
 
 
 def routing_row(statistics: dict[str, np.ndarray]) -> dict[str, Any]:

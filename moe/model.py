@@ -98,7 +98,7 @@ class Transformer(nn.Module):
         self.config, self.dtype, self.recompute = config, dtype, recompute
         attention = config.attention
         grouped = isinstance(attention, GroupedQueryAttention)
-        rotated_dim = int(attention.head_dim * config.rotary.fraction) if grouped else attention.rope_dim
+        rotated_dim = round(attention.head_dim * config.rotary.fraction) if grouped else attention.rope_dim
         self.windows = attention.windows if grouped else (0,)
         residual_scale = 1 / math.sqrt(2 * config.num_layers) if config.init_depth_scaling else 1.0
         moe_layers = [layer for layer in range(config.num_layers) if is_moe_layer(config, layer)]

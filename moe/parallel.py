@@ -113,6 +113,11 @@ def start(device: str) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), place)
 
 
+def joined() -> bool:
+    """Whether this process is in a process group."""
+    return dist.is_initialized()
+
+
 def stop() -> None:
     """Leave the run."""
     if dist.is_initialized():

@@ -100,7 +100,8 @@ def _cost(run: Run) -> list[tuple[str, str]]:
 
 def _memory(run: Run) -> list[tuple[str, str]]:
     parts = cost.memory_bytes(run)
-    return [(name, f"{value / 2**20:,.1f} MiB") for name, value in parts.items()]
+    rows = [(name.replace("_", " "), value) for name, value in parts.items()]
+    return [(name, f"{value / 2**20:,.1f} MiB") for name, value in [("all", sum(parts.values())), *rows]]
 
 
 def _router(run: Run) -> list[tuple[str, str]]:
@@ -170,7 +171,7 @@ def _idle(model: Model, counts: dict[str, int]) -> int:
 
 def _number(value: float) -> str:
     """1,234 in full; from a million on with a letter: 12.34 M."""
-    for unit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for unit, letter in ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= unit:
             return f"{value / unit:.3f} {letter}"
     return f"{value:,.0f}"

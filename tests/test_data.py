@@ -232,8 +232,8 @@ def test_a_batch_is_the_same_in_one_piece_or_several_and_after_opening_again(mix
 def test_two_sources_are_mixed_three_to_one(mixed):
     corpus = prepare(mixed)
     batch = corpus.train_batch(0, range(400), batch_rows=400, seed=0)
-    is_a = np.array(["a" * 9 in corpus.tokenizer.decode(row).replace(" ", "") for row in batch.ids_BS])
-    is_b = np.array(["b" * 9 in corpus.tokenizer.decode(row).replace(" ", "") for row in batch.ids_BS])
+    is_a = np.array(["a" * 9 in corpus.tokenizer.decode(row.tolist()).replace(" ", "") for row in batch.ids_BS])
+    is_b = np.array(["b" * 9 in corpus.tokenizer.decode(row.tolist()).replace(" ", "") for row in batch.ids_BS])
     assert (is_a ^ is_b).all()
     assert abs(is_a.mean() - 0.75) < 0.01
     assert np.abs(np.cumsum(is_a) - 0.75 * np.arange(1, 401)).max() <= 1  # evenly, not on average only

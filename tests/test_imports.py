@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[1]
 # A module may import from its own entry and from every line below it, never from a line above, nor from a neighbour.
 LAYERS = (
     ("recipes",),
-    ("moe.cli", "moe.__main__"),
-    ("moe.experiments",),
+    ("moe.__main__",),
+    ("moe.cli",),
+    ("moe.experiments", "moe.show"),
     ("moe.train",),
     ("moe.analysis", "moe.data", "moe.optim", "moe.checkpoint"),
     ("moe.metrics",),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from itertools import combinations
+from typing import Any
 
 import fake_runs
 import matplotlib.image
@@ -22,7 +23,7 @@ from moe.analysis.report import build_report, verdict_sentence
 from moe.analysis.rows import read_run
 from moe.errors import UserError
 
-SMALL = {"steps": 40, "rows": 64}
+SMALL: dict[str, Any] = {"steps": 40, "rows": 64}
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -362,7 +363,7 @@ def test_page_fits_the_window_in_a_browser(comparison, tmp_path, width):
     source = re.sub(r"<meta http-equiv=[^>]*>", "", source).replace("</body>", MEASURE + "</body>")
     (tmp_path / "page.html").write_text(source, "utf-8")
     dom = browse(f"--window-size={width},900", "--dump-dom", f"file://{tmp_path}/page.html")
-    found = json.loads(re.search(r"<title>(.*?)</title>", dom)[1].replace("&quot;", '"'))
+    found = json.loads(re.findall(r"<title>(.*?)</title>", dom)[0].replace("&quot;", '"'))
     assert found["loaded"]
     assert found["images"] == 6
     assert found["page"] <= found["window"]

@@ -40,7 +40,8 @@ code, pre { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size:
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); padding: .7rem 1rem; }
 @media print { :root { --ink: #000; --soft: #333; --line: #999; --paper: #fff; --card: #fff; }
   body { max-width: none; padding: 0; font-size: 10.5pt; } figure, table, .verdict { break-inside: avoid; }
-  h2 { break-after: avoid; } .wide { overflow: visible; } }
+  figure { margin: .6rem 0; } figure img { width: 125mm; } h2 { break-after: avoid; margin-top: 1.2rem; }
+  .wide { overflow: visible; } }
 """
 DASH = "–"
 
@@ -132,7 +133,7 @@ def gain_table(report: Json) -> str:
     """Final bits per byte and gain of each seed, with the noise of the evaluation."""
     sparse, dense = report["arms"]
     noise = report["evaluation_noise"] or [None] * len(sparse["seeds"])
-    rows = [
+    rows: list[Sequence[Any]] = [
         (
             seed,
             f"{d:.4f}",
@@ -176,7 +177,7 @@ def health_table(health: Sequence[Json], seeds: int) -> str:
         )
         for line in health
     ]
-    header = ["Layer", "Load entropy", "Effective experts", "MaxVio", "Its noise floor", "Dead experts", "Dropped rows"]
+    header = ["Layer", "Load entropy", "Effective experts", "MaxVio", "Noise floor", "Dead experts", "Dropped rows"]
     steps = health[0]["logged_steps"]
     caption = f"Mean over the last {steps} logged steps" + (
         f" and {seeds} seeds (lowest–highest seed)." if seeds > 1 else "."

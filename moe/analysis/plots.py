@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,10 +30,10 @@ BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY = (
     "#56B4E9",
     "#595959",
 )
-ARM_STYLE = {"sparse": (BLUE, "-"), "dense": (VERMILLION, "--")}
+ARM_STYLE: dict[Any, Any] = {"sparse": (BLUE, "-"), "dense": (VERMILLION, "--")}
 LAYER_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")
 DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 3)))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -254,7 +255,8 @@ def plot_training(run: RunRows, path: Path) -> None:
         axes.plot(tokens, loss, color=SKY, linewidth=0.7, label="every step")
         if width > 1 and np.isfinite(loss).all():
             smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
-            axes.plot(tokens[width - 1 :], smooth, color=BLUE, linewidth=2, label=f"mean of {width} steps")
+            middle = tokens[(width - 1) // 2 :][: len(smooth)]
+            axes.plot(middle, smooth, color=BLUE, linewidth=2, label=f"mean of {width} steps")
         axes.set_xlim(left=0)
         axes.set(xlabel="Training tokens (millions)", ylabel="Training loss (nats per token)")
         axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))

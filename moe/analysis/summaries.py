@@ -29,11 +29,11 @@ def finite(value: Any) -> Any:
 
 
 def flatten(config: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of a nested config; None counts as absent."""
+    """Dotted names and values of a nested config; None and empty lists count as absent."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}.")
-        elif value is not None:
+        elif value is not None and value != []:
             yield prefix + name, value
 
 

@@ -21,7 +21,7 @@ from moe.analysis.report import build_report
 from moe.analysis.rows import read_json, read_run
 from moe.analysis.summaries import differences
 from moe.config.load import dump, load
-from moe.config.schema import Run
+from moe.config.schema import Run, ffn_hidden
 from moe.cost import dense_twin, relative_difference, train_flops_per_token
 from moe.errors import ConfigError, TrainingStopped, UserError
 from moe.experiments.processes import Job, cpu_count, log_tail, run_jobs
@@ -136,7 +136,7 @@ def train(
     Raises UserError if a run refused its config, TrainingStopped if one failed, each with the end of its log.
     """
     by_name = {planned.directory.name: planned for planned in plans}
-    states = {name: state_of(planned) for name, planned in by_name.items()}
+    states: dict[str, State] = {name: state_of(planned) for name, planned in by_name.items()}
 
     def report(job: Job, code: int, seconds: float) -> None:
         summary = _summary(by_name[job.name].directory)
@@ -151,7 +151,7 @@ def train(
             bits = read_run(by_name[job.name].directory).final_bits
             say(f"{job.name}: finished in {seconds:.0f} s at {bits:.4f} bits per byte")
 
-    done = ("finished", "stopped") if may_stop else ("finished",)
+    done: tuple[State, ...] = ("finished", "stopped") if may_stop else ("finished",)
     waiting = []
     for name, planned in by_name.items():
         _write_json(planned.config, {"schema_version": 1, "run": _plain(planned.run)})
@@ -234,7 +234,7 @@ def _twin_record(sparse: Run, dense: Run) -> Json:
     assert moe is not None
     length = sparse.data.sequence_length
     return {
-        "ffn_hidden": dense.model.ffn_hidden,
+        "ffn_hidden": [ffn_hidden(dense.model, layer) for layer in range(dense.model.num_layers)],
         "flops_sparse": train_flops_per_token(sparse.model, length),
         "flops_dense": train_flops_per_token(dense.model, length),
         "relative_difference": relative_difference(sparse, dense),
@@ -279,9 +279,9 @@ def compare(
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    sparse = _load(recipe, overrides, jobs, say) if jobs >= 1 else load(recipe, overrides)
+    _check_arguments(range(seeds) if isinstance(seeds, int) else seeds, jobs, lr_grid, timing_rounds)
+    sparse = _load(recipe, overrides, jobs, say)
     numbers = [sparse.seed + i for i in range(seeds)] if isinstance(seeds, int) else list(seeds)
-    _check_arguments(numbers, jobs, lr_grid, timing_rounds)
     dense, base = dense_twin(sparse), sparse.name
     out.mkdir(parents=True, exist_ok=True)
     rate: Json = {"value": sparse.train.optimizer.lr, "found_by": "the recipe"}

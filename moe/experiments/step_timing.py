@@ -1,11 +1,12 @@
 """Training speed of two configs, measured in turns in one process: `python -m moe.experiments.step_timing --help`.
 
 Runs that share a machine, or run one after the other, measure the machine's other load as much as themselves. Here the
-arms alternate step by step on the same batch, and who goes first alternates too, so that drift hits both alike.
+arms take turns on the same batches, and who goes first alternates too, so that drift hits both alike.
 """
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from moe.config.schema import Run
 from moe.train import step_function
 
 WARMUP_STEPS = 2
+TURN_SECONDS = 0.5
+"""An arm's turn is as many steps as take this long in the slower arm, at least one: shorter ones measure the clock."""
 ARMS = ("sparse", "dense")
 
 
@@ -31,14 +34,20 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Tokens per second of each arm and round. `steps[arm](i)` does training step i and returns its tokens."""
     speeds: dict[str, list[float]] = {arm: [] for arm in steps}
+    slowest = 0.0
     for index in range(WARMUP_STEPS):
         for step in steps.values():
+            start = clock()
             step(index)
+            if index == WARMUP_STEPS - 1:
+                slowest = max(slowest, clock() - start)
+    turn = max(1, math.ceil(TURN_SECONDS / slowest))
     for index in range(rounds):
         order = list(steps) if index % 2 == 0 else list(steps)[::-1]
+        first = WARMUP_STEPS + index * turn
         for arm in order:
             start = clock()
-            tokens = steps[arm](WARMUP_STEPS + index)
+            tokens = sum(steps[arm](i) for i in range(first, first + turn))
             speeds[arm].append(tokens / (clock() - start))
     return speeds
 
@@ -62,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("sparse", type=Path, help="config file of the sparse arm (JSON)")
     parser.add_argument("dense", type=Path, help="config file of the dense arm (JSON)")
     parser.add_argument("out", type=Path, help="file to write, e.g. timing.json")
-    parser.add_argument("--rounds", type=int, required=True, help="timed steps of each arm")
+    parser.add_argument("--rounds", type=int, required=True, help="timed turns of each arm")
     parser.add_argument("--threads", type=int, required=True, help="CPU threads")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)

@@ -40,7 +40,10 @@ class Config(RouterConfig):
     capacity_factor: NonNegativeFloat = 0.0
     """Rows an expert takes from a batch row, over the balanced number; later tokens are dropped. 0: dropless."""
 
-    source = "balance 0.01 and z 0.001 as OLMoE, whose code does not divide f by K: its coefficient is ours times K"
+    source = (
+        "f is divided by K (Switch, Megatron, OLMoE's own code): their coefficients are ours; where f is not divided by K "
+        "(transformers' Mixtral, OLMoE and Qwen classes) the loss is K times ours, so our weight is their coefficient times K"
+    )
 
     def rows_per_token(self, *, num_experts: int, top_k: int) -> float:
         """K, or less where capacity cannot hold the balanced load."""
@@ -99,5 +102,5 @@ class Router(BaseRouter):
         key_T = token_keys(tokens, seed=self.seed, layer=self.layer, purpose=f"topk {noise}")
         if noise == "jitter":
             factor_TD = 1 + scale * (2 * uniform(key_T, x_TD.shape[1]) - 1)
-            return linear_logits(x_TD.float() * factor_TD, self.weight_ED)
+            return linear_logits(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)) * factor_TD, self.weight_ED)
         return linear_logits(x_TD, self.weight_ED) + scale * normal(key_T, self.weight_ED.shape[0])

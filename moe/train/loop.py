@@ -19,14 +19,14 @@ from moe.config.load import dump, load
 from moe.config.schema import Run
 from moe.cost import mfu, parameters, peak_flops, train_flops_per_token
 from moe.data import prepare
-from moe.errors import CheckpointError, ConfigError, TrainingStopped
+from moe.errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from moe.experts import resolve_backend
 from moe.metrics import SCHEMA_VERSION, JsonLines, routing_row, write_json
 from moe.parallel import Ranks
 from moe.train import record
 from moe.train.console import Console
 from moe.train.evaluate import EvaluationResult, evaluate
-from moe.train.mirrors import Mirrors
+from moe.train.mirrors import Mirrors, require_tensorboard
 from moe.train.replay import Recorder, Replayer
 from moe.train.step import State, StepResult, build_state, needs_first_pass, train_step
 
@@ -40,6 +40,7 @@ def train(run: Run, out: Path | None = None, notices: Sequence[str] = ()) -> Pat
     with _ranks(run) as ranks:
         folder = Path(ranks.broadcast(str(out if out is not None else record.default_out(run))))
         _check(run, ranks)
+        record.require_free(folder)
         console = _console(run, ranks, notices)
         state = _set_up(run, ranks, console)
         # the folder is claimed last, so that nothing is left behind when the settings or the data are refused
@@ -81,16 +82,21 @@ def resume(out: Path, overrides: Sequence[str] = ()) -> Path:
 def _ranks(run: Run) -> Iterator[Ranks]:
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
+    joined_before = parallel.joined()
     try:
         yield parallel.start(run.train.device)
     finally:
-        parallel.stop()
+        if not joined_before:
+            parallel.stop()
 
 
 def _check(run: Run, ranks: Ranks) -> None:
+    """Refuse what this machine or number of ranks cannot do, before anything is prepared or written."""
     check_world(run, ranks.world_size)
     if run.model.moe is not None:
         resolve_backend(run.model.moe.backend)
+    if run.logging.tensorboard:
+        require_tensorboard()
 
 
 def _claim(folder: Path, run: Run, ranks: Ranks) -> None:
@@ -113,13 +119,22 @@ def _console(run: Run, ranks: Ranks, notices: Sequence[str]) -> Console:
 def _set_up(run: Run, ranks: Ranks, console: Console) -> State:
     """Corpus, model and optimizer, with what the user should know said once."""
     corpus = ranks.first_then_others(lambda: prepare(run.data))
+    if ranks.broadcast(corpus.fingerprint) != corpus.fingerprint:
+        raise DataError("the corpus changed while the ranks were opening it: start again")
     console.say(corpus.describe())
     if corpus.vocab_size > run.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size ({run.model.vocab_size}) must be at least the tokenizer's vocabulary ({corpus.vocab_size}): "
             f"set model.vocab_size={corpus.vocab_size}"
         )
+    if run.evaluation.final_rows > corpus.num_validation_rows:
+        raise ConfigError(
+            f"evaluation.final_rows ({run.evaluation.final_rows}) is more than the {corpus.num_validation_rows} validation rows "
+            f"of this corpus: use at most that, or a larger data.validation_fraction (now {run.data.validation_fraction})"
+        )
     state = build_state(run, ranks, corpus)
+    if run.logging.replay_routing:
+        state.replayer = Replayer(Path(run.logging.replay_routing), len(state.model.moe_layers()))
     counted = parameters(run.model)
     console.say(
         f"{run.name}: {counted.total:,} parameters, {counted.active:,} active per token; "
@@ -132,7 +147,7 @@ def _set_up(run: Run, ranks: Ranks, console: Console) -> State:
         )
     if needs_first_pass(run, ranks.world_size):
         console.say(
-            "balance scope 'global' with this layout counts rows in a first forward pass without gradient: about a quarter "
+            "balance scope 'global' with this layout counts rows in a first forward pass without gradient: about a third "
             "more compute per step; scope 'sequence', or batch_rows = micro_rows, avoids it"
         )
     return state
@@ -162,11 +177,8 @@ class Loop:
         self.interrupted = False
         self.flops_per_token = train_flops_per_token(self.config.model, self.config.data.sequence_length)
         self.peak_flops = self._peak_flops()
-        logging, moe_layers = self.config.logging, len(state.model.moe_layers())
-        if logging.record_routing and moe_layers:
+        if self.config.logging.record_routing:
             state.recorder = Recorder(out / "replay")
-        if logging.replay_routing and moe_layers:
-            state.replayer = Replayer(Path(logging.replay_routing), moe_layers)
         self.logs: dict[str, JsonLines] = {}
         if self.ranks.first:
             attempt = record.begin_attempt(out, begin, self.ranks, overrides)

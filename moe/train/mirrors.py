@@ -12,6 +12,17 @@ from moe.errors import ConfigError
 Say = Callable[[str], None]
 
 
+def require_tensorboard() -> None:
+    """Raise ConfigError if TensorBoard's package is missing."""
+    try:
+        import torch.utils.tensorboard
+    except ImportError as error:
+        raise ConfigError(
+            "logging.tensorboard=true needs the package tensorboard: pip install 'moe-lab[tensorboard]'"
+        ) from error
+    assert torch.utils.tensorboard
+
+
 class Mirrors:
     """Every mirror that the configuration asks for; numbers of each row are sent under their names."""
 
@@ -35,12 +46,8 @@ class Mirrors:
         self.closers.append(session.finish)
 
     def _open_tensorboard(self, out: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(
-                "logging.tensorboard=true needs the package tensorboard: pip install 'moe-lab[tensorboard]'"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(out / "tensorboard"))
 
         def send(row: dict[str, float], step: int) -> None:

@@ -25,12 +25,17 @@ def default_out(run: Run) -> Path:
     return Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def claim_folder(out: Path) -> None:
-    """Make the run's folder; refuse one that holds anything. Raises ConfigError."""
+def require_free(out: Path) -> None:
+    """Refuse a folder that holds anything. Raises ConfigError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             f"out={str(out)!r} exists and is not empty: choose another folder, or continue that run with 'moe resume {out}'"
         )
+
+
+def claim_folder(out: Path) -> None:
+    """Make the run's folder, which must be free."""
+    require_free(out)
     out.mkdir(parents=True, exist_ok=True)
 
 
