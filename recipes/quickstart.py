@@ -17,20 +17,20 @@ from moe.routers.topk import Config as TopK
 
 
 def run() -> Run:
-    """Three layers of width 96 with top-1 routing over 8 experts."""
+    """Three layers of width 96, two of 8 experts per token, 2.5 MB of text."""
     return Run(
         name="quickstart",
         model=Model(
             vocab_size=257,
             dim=96,
             num_layers=3,
-            ffn_hidden=384,
+            ffn_hidden=256,
             attention=GroupedQueryAttention(num_heads=4, num_kv_heads=4, head_dim=24),
             moe=MoE(
                 num_experts=8,
-                top_k=1,
-                expert_hidden=256,
-                router=TopK(gate="full", balance=Balance(weight=0.001), z_weight=0.001),
+                top_k=2,
+                expert_hidden=128,
+                router=TopK(balance=Balance(weight=0.001), z_weight=0.001),
             ),
             document_mask=False,
             init_std=0.08,
@@ -43,6 +43,6 @@ def run() -> Run:
             optimizer=AdamW(lr=3e-3),
             schedule=Cosine(warmup_steps=30),
         ),
-        evaluation=Evaluation(every_steps=100, rows=256, final_rows=4096),
+        evaluation=Evaluation(every_steps=100, rows=256, final_rows=4224),
         logging=Logging(routing_every=10),
     )
