@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(rotary: Rotary, rotated_dim: int) -> Tensor:
-    """Angular frequency of each rotated pair [rotated_dim / 2], float32, with YaRN's ramp if configured (arXiv 2309.00071 eq. 19-23)."""
+    """Angular frequency of each rotated pair [rotated_dim / 2], float32, with YaRN's ramp (arXiv 2309.00071 eq. 19-23)."""
     exponent = torch.arange(0, rotated_dim, 2, dtype=torch.float64) / rotated_dim
     frequency = rotary.base**-exponent
     yarn = rotary.yarn
@@ -112,10 +112,10 @@ class GroupedQuery(nn.Module):
     def forward(self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         H = self.config.head_dim
         query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)
-        if self.query_norm is not None and self.config.qk_norm == "full":
+        if self.query_norm is not None and self.key_norm is not None and self.config.qk_norm == "full":
             query, key = self.query_norm(query), self.key_norm(key)
         query, key, value = (t.unflatten(-1, (-1, H)).transpose(1, 2) for t in (query, key, value))
-        if self.query_norm is not None and self.config.qk_norm == "head":
+        if self.query_norm is not None and self.key_norm is not None and self.config.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, cos_sin), rotate(key, cos_sin)
         if self.sink_N is not None:
@@ -180,7 +180,5 @@ class Latent(nn.Module):
         key_rope = rotate(key_rope.unsqueeze(1), cos_sin).expand(-1, N, -1, -1)
         query = torch.cat((query_nope, rotate(query_rope, cos_sin)), dim=-1)
         key = torch.cat((key_nope, key_rope), dim=-1)
-        out = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale)
         return self.out(out.transpose(1, 2).flatten(2))

@@ -13,8 +13,10 @@ from moe.config.schema import Balance
 from moe.routing import Counts, Loss, Tokens, count_rows
 
 
-def balance_loss(share_TE: Tensor, expert_R: Tensor, token_R: Tensor, tokens: Tokens, balance: Balance, layer: int) -> Loss:
-    """Load-balancing loss E·Σ_e f_e·P_e: 1.0 at perfect balance for every K and E (Switch, arXiv 2101.03961 eq. 4, with f over rows).
+def balance_loss(
+    share_TE: Tensor, expert_R: Tensor, token_R: Tensor, tokens: Tokens, balance: Balance, layer: int
+) -> Loss:
+    """Load-balancing loss E·Σ_e f_e·P_e: 1.0 at perfect balance for every K and E (Switch, arXiv 2101.03961 eq. 4).
 
     Args: share_TE [T, E] float32, rows summing to 1; expert_R [R] selected experts before capacity (E: nobody); token_R [R].
     `sequence`: f and P within each batch row, averaged over rows. `global`: f over the whole step (arXiv 2501.11873), P
@@ -25,7 +27,9 @@ def balance_loss(share_TE: Tensor, expert_R: Tensor, token_R: Tensor, tokens: To
     return Loss(value, balance.weight)
 
 
-def _balance_value(share_TE: Tensor, expert_R: Tensor, token_R: Tensor, tokens: Tokens, scope: str, layer: int) -> Tensor:
+def _balance_value(
+    share_TE: Tensor, expert_R: Tensor, token_R: Tensor, tokens: Tokens, scope: str, layer: int
+) -> Tensor:
     E = share_TE.shape[1]
     B = tokens.num_rows
     valid_TE = tokens.valid_T.unsqueeze(1).to(share_TE.dtype)

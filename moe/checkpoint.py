@@ -45,7 +45,9 @@ def published(out: Path) -> list[Saved]:
     for path in sorted(checkpoint_root(out).glob("step_*")):
         meta_path = path / "meta.json"
         if not meta_path.is_file():
-            raise CheckpointError(f"{path} has no meta.json, so it was not written by this program or was damaged: remove it")
+            raise CheckpointError(
+                f"{path} has no meta.json, so it was not written by this program or was damaged: remove it"
+            )
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
         for name, size in meta["files"].items():
             actual = (path / name).stat().st_size if (path / name).is_file() else None
@@ -132,11 +134,18 @@ def load(saved: Saved, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> 
 
 def _check_names(saved: Saved, state: dict[str, dict[str, Any]]) -> None:
     stored = dcp.FileSystemReader(saved.path).read_metadata().state_dict_metadata
-    stored_shapes = {key: tuple(getattr(value, "size", ())) for key, value in stored.items() if key.startswith("model.")}
+    stored_shapes = {
+        key: tuple(getattr(value, "size", ())) for key, value in stored.items() if key.startswith("model.")
+    }
     wanted_shapes = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
-    wrong = [key for key in sorted({*stored_shapes, *wanted_shapes}) if stored_shapes.get(key) != wanted_shapes.get(key)]
+    wrong = [
+        key for key in sorted({*stored_shapes, *wanted_shapes}) if stored_shapes.get(key) != wanted_shapes.get(key)
+    ]
     if wrong:
-        lines = "; ".join(f"{key}: stored {stored_shapes.get(key)}, model {wanted_shapes.get(key)}" for key in wrong[:3])
+        lines = "; ".join(
+            f"{key}: stored {stored_shapes.get(key)}, model {wanted_shapes.get(key)}" for key in wrong[:3]
+        )
         raise CheckpointError(
-            f"checkpoint {saved.path} does not fit the model in {len(wrong)} tensors ({lines}): resume with the model it was saved with"
+            f"checkpoint {saved.path} does not fit the model in {len(wrong)} tensors ({lines}): "
+            "resume with the model it was saved with"
         )

@@ -52,7 +52,9 @@ class Block(nn.Module):
         attention = config.attention
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = (
-            GroupedQuery(attention, config) if isinstance(attention, GroupedQueryAttention) else Latent(attention, config)
+            GroupedQuery(attention, config)
+            if isinstance(attention, GroupedQueryAttention)
+            else Latent(attention, config)
         )
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = self.moe = None
@@ -157,7 +159,7 @@ class Transformer(nn.Module):
 
     def moe_layers(self) -> list[tuple[int, MoELayer]]:
         """(block index, layer) of every expert layer, in order."""
-        return [(index, block.moe) for index, block in enumerate(self.layers) if block.moe is not None]
+        return [(i, block.moe) for i, block in enumerate(self.layers) if isinstance(block.moe, MoELayer)]
 
 
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:

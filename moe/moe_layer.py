@@ -64,7 +64,9 @@ class MoELayer(nn.Module):
         self.shared_gate = Linear(dim, 1, bias=False) if config.shared_gate else None
         initialise(self, seed=seed, std=init_std, residual_scale=residual_scale, prefix=f"layers.{layer}.moe.")
 
-    def forward(self, x_BSD: Tensor, tokens: Tokens | None = None, replay: Selection | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x_BSD: Tensor, tokens: Tokens | None = None, replay: Selection | None = None
+    ) -> tuple[Tensor, Routing]:
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD, tokens if tokens is not None else Tokens.of_hidden(x_BSD), replay)
         dispatch: Dispatch = plan(routing)

@@ -62,7 +62,9 @@ class Tokens:
         return replace(Tokens.of(ids_BS, step=step), ids_T=None)
 
     @staticmethod
-    def of(ids_BS: Tensor, *, valid_BS: Tensor | None = None, document_BS: Tensor | None = None, step: int = 0) -> "Tokens":
+    def of(
+        ids_BS: Tensor, *, valid_BS: Tensor | None = None, document_BS: Tensor | None = None, step: int = 0
+    ) -> "Tokens":
         """Tokens of a batch that stands alone: ids_BS [B, S] int64; valid_BS bool and document_BS int64 of the same shape."""
         B, S = ids_BS.shape
         device = ids_BS.device

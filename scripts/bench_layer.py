@@ -63,10 +63,13 @@ def build_theirs(ours: MoELayer, shape: tuple[int, ...], implementation: str) ->
     config._experts_implementation = implementation
     block = Qwen3MoeSparseMoeBlock(config)
     experts = ours.experts
-    with torch.no_grad():
-        block.gate.weight.copy_(ours.router.weight_ED)
-        block.experts.gate_up_proj.copy_(torch.cat((experts.w_gate_EDF, experts.w_up_EDF), dim=2).transpose(1, 2))
-        block.experts.down_proj.copy_(experts.w_down_EFD.transpose(1, 2))
+    block.load_state_dict(
+        {
+            "gate.weight": ours.router.get_parameter("weight_ED"),
+            "experts.gate_up_proj": torch.cat((experts.w_gate_EDF, experts.w_up_EDF), dim=2).transpose(1, 2),
+            "experts.down_proj": experts.w_down_EFD.transpose(1, 2),
+        }
+    )
     return block
 
 
@@ -92,6 +95,7 @@ def _forward_backward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor
         out = layer(x)
         y = out[0] if isinstance(out, tuple) else out
         y.backward(x.detach())
+        assert x.grad is not None
         for parameter in layer.parameters():
             parameter.grad = None
         return torch.stack((y.detach(), x.grad))
@@ -134,8 +138,17 @@ def time_shape(shape: tuple[int, ...], dtype: str, rounds: int) -> list[Row]:
 def versions() -> dict[str, str]:
     """What the figures depend on."""
     flags = Path("/proc/cpuinfo")
-    model = next((line.split(":")[1].strip() for line in flags.open() if line.startswith("model name")), "") if flags.exists() else ""
-    return {"cpu": model or platform.processor(), "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    model = (
+        next((line.split(":")[1].strip() for line in flags.open() if line.startswith("model name")), "")
+        if flags.exists()
+        else ""
+    )
+    return {
+        "cpu": model or platform.processor(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def main() -> None:
@@ -148,7 +161,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(" · ".join(f"{key} {value}" for key, value in versions().items()), f"· {arguments.rounds} rounds")
-    print("| T, D, F, E, K | type | threads | layer | share of dense speed [quartiles] | ms |\n|---|---|---|---|---|---|")
+    print(
+        "| T, D, F, E, K | type | threads | layer | share of dense speed [quartiles] | ms |\n|---|---|---|---|---|---|"
+    )
     rows: list[Row] = []
     for dtype in arguments.dtype:
         for shape in SHAPES:
@@ -156,9 +171,14 @@ def main() -> None:
                 rows.append(row)
                 shares = f"{row.share:.2f} [{row.share_low:.2f}, {row.share_high:.2f}]"
                 label = ", ".join(map(str, row.shape))
-                print(f"| {label} | {dtype} | {row.threads} | {row.contender} | {shares} | {row.milliseconds:.1f} |", flush=True)
+                print(
+                    f"| {label} | {dtype} | {row.threads} | {row.contender} | {shares} | {row.milliseconds:.1f} |",
+                    flush=True,
+                )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"versions": versions(), "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        arguments.json.write_text(
+            json.dumps({"versions": versions(), "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

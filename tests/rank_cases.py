@@ -1,4 +1,4 @@
-"""Run under torchrun: each rank does optimizer steps with the others and the same steps alone, and rank 0 prints the differences.
+"""Run under torchrun: each rank does optimizer steps with the others and the same steps alone; rank 0 prints the differences.
 
 Float64, with unequal padding and targets per row, so that any mean of means, any double count and any wrong scale shows.
 """
@@ -45,9 +45,7 @@ def run_of(router, micro_rows: int, recompute: bool) -> Run:
     """A float64 run of a two-layer model."""
     attention = GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=8)
     experts = MoE(num_experts=4, top_k=2, expert_hidden=8, router=router)
-    model = Model(
-        vocab_size=40, dim=16, num_layers=2, ffn_hidden=16, attention=attention, moe=experts, init_std=0.3
-    )
+    model = Model(vocab_size=40, dim=16, num_layers=2, ffn_hidden=16, attention=attention, moe=experts, init_std=0.3)
     train = Train(
         steps=STEPS,
         batch_rows=ROWS,

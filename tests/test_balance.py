@@ -91,7 +91,9 @@ def test_z_loss_and_its_gradient():
 def test_a_loss_of_weight_zero_is_reported_without_gradient():
     logits = Z.clone().requires_grad_()
     assert not z_loss(logits, tokens_of(1, 1), 0.0).value.requires_grad
-    loss = balance_loss(logits.softmax(1), torch.tensor([0]), torch.tensor([0]), tokens_of(1, 1), Balance(weight=0.0), 0)
+    loss = balance_loss(
+        logits.softmax(1), torch.tensor([0]), torch.tensor([0]), tokens_of(1, 1), Balance(weight=0.0), 0
+    )
     assert not loss.value.requires_grad
     assert loss.value.item() == pytest.approx(4 * P[0], rel=1e-5)
 

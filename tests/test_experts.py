@@ -52,9 +52,13 @@ def plain(x: Tensor, experts: Experts, dispatch: Dispatch) -> Tensor:
             row = x[dispatch.token_P[p]]
             scale = dispatch.weight_P[p].to(x.dtype)
             row = row * scale if dispatch.weight_on == "input" else row
-            w_gate, w_up, w_down = (w[e].to(x.dtype) for w in (experts.w_gate_EDF, experts.w_up_EDF, experts.w_down_EFD))
+            w_gate, w_up, w_down = (
+                w[e].to(x.dtype) for w in (experts.w_gate_EDF, experts.w_up_EDF, experts.w_down_EFD)
+            )
             out = (silu(row @ w_gate) * (row @ w_up)) @ w_down
-            y = y.index_add(0, dispatch.token_P[p : p + 1], (out if dispatch.weight_on == "input" else out * scale)[None])
+            y = y.index_add(
+                0, dispatch.token_P[p : p + 1], (out if dispatch.weight_on == "input" else out * scale)[None]
+            )
     return y
 
 
@@ -93,7 +97,8 @@ def backend(name: str):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "f32", "bf16"])
 @pytest.mark.parametrize("weight_on", ["output", "input"])
 @pytest.mark.parametrize(
-    ("shape", "kind"), [*((shape, "uniform") for shape in SHAPES), *(((33, 13, 7, 7, 3), k) for k in ("one", "empty", "nowhere"))]
+    ("shape", "kind"),
+    [*((shape, "uniform") for shape in SHAPES), *(((33, 13, 7, 7, 3), k) for k in ("one", "empty", "nowhere"))],
 )
 def test_values_and_gradients_agree_with_the_reference(name, dtype, weight_on, shape, kind):
     T, D, F, E, K = shape
@@ -121,7 +126,7 @@ def test_empty_expert_gets_exactly_zero_gradient():
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_expanded_gradients_and_strided_inputs(name):
-    x, experts, _ = build(12, 16, 8, 4, torch.float64)
+    _, experts, _ = build(12, 16, 8, 4, torch.float64)
     routing = routing_of(12, 4, 2)
     dispatch = plan(routing)
     strided = torch.randn(16, 12, dtype=torch.float64).t().requires_grad_()
@@ -176,7 +181,12 @@ def test_nothing_is_kept_without_gradient():
 def test_operator_contract():
     x, experts, _ = build(9, 8, 6, 3, torch.float64)
     dispatch = plan(routing_of(9, 3, 2))
-    arguments = (x.requires_grad_(), *experts.parameters(), dispatch.token_P, dispatch.weight_P.double().requires_grad_())
+    arguments = (
+        x.requires_grad_(),
+        *experts.parameters(),
+        dispatch.token_P,
+        dispatch.weight_P.double().requires_grad_(),
+    )
     torch.library.opcheck(torch.ops.moe_lab.expert_ffn, (*arguments, dispatch.offsets_E1, False, True))
 
 

@@ -12,7 +12,15 @@ HERE = Path(__file__).parent
 
 def torchrun(ranks: int, *arguments: str, timeout: int = 300) -> str:
     """Standard output of a script or module under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=HERE.parent, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -68,7 +76,9 @@ def test_the_smoke_run_agrees_in_float32(layout, single, tmp_path):
         for row, reference in zip(rows, expected, strict=True):
             limit = 1e-5 if row["step"] <= 20 else tolerance
             assert relative(row["loss"], reference["loss"]) < limit, row["step"]
-            assert relative(row["grad_norm"], reference["grad_norm"]) < limit * (1 if row["step"] <= 20 else 10), row["step"]
+            assert relative(row["grad_norm"], reference["grad_norm"]) < limit * (1 if row["step"] <= 20 else 10), row[
+                "step"
+            ]
             assert relative(row["losses"]["balance"], reference["losses"]["balance"]) < limit, row["step"]
         assert relative(logged(out, "evals")[-1]["loss"], expected_end) < tolerance
         if name == "replayed":

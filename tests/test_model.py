@@ -61,7 +61,9 @@ def test_attention_is_softmax_over_what_it_may_see(window, sinks, documents):
             module.sink_N.copy_(torch.tensor([0.5, -1.0, 2.0, 0.0]))
     x = torch.randn(2, 12, 32, dtype=torch.float64)
     position = torch.arange(12)
-    document = torch.tensor([[0] * 4 + [1] * 8, [0] * 9 + [1] * 3]) if documents else torch.zeros(2, 12, dtype=torch.int64)
+    document = (
+        torch.tensor([[0] * 4 + [1] * 8, [0] * 9 + [1] * 3]) if documents else torch.zeros(2, 12, dtype=torch.int64)
+    )
     visible = torch.zeros(2, 12, 12, dtype=torch.bool)
     for b in range(2):
         for i in range(12):
@@ -95,7 +97,9 @@ def test_yarn_equals_transformers():
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     yarn = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 64}
-    theirs = LlamaConfig(hidden_size=64, num_attention_heads=2, head_dim=32, max_position_embeddings=512, rope_parameters=yarn)
+    theirs = LlamaConfig(
+        hidden_size=64, num_attention_heads=2, head_dim=32, max_position_embeddings=512, rope_parameters=yarn
+    )
     frequency, temperature = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
     ours = RotaryEmbedding(Rotary(yarn=Yarn(factor=8.0, original_length=64)), 32)
     assert torch.allclose(ours.frequency, frequency, rtol=1e-6)
@@ -106,7 +110,9 @@ def test_yarn_equals_transformers():
 @pytest.mark.parametrize("attention", ["grouped_query", "latent"])
 def test_later_tokens_never_change_earlier_logits(attention, qk_norm):
     if attention == "latent":
-        config = tiny(attention=LatentAttention(num_heads=4, q_rank=12, kv_rank=10, nope_dim=8, rope_dim=4, value_dim=6))
+        config = tiny(
+            attention=LatentAttention(num_heads=4, q_rank=12, kv_rank=10, nope_dim=8, rope_dim=4, value_dim=6)
+        )
     else:
         config = tiny(attention=replace(GQA, qk_norm=qk_norm, qkv_bias=True, out_bias=True), moe=EXPERTS)
     model, ids = float64(config), ids_of()

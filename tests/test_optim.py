@@ -1,6 +1,7 @@
 """Schedules against their definitions, AdamW against its equations written out, groups and clipping against sums by hand."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_cosine_schedule():
     assert rates[4] == pytest.approx(2.0)
     assert rates[14] == pytest.approx(0.2 + 1.8 * 0.5)
     assert rates[24] == pytest.approx(0.2)
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[4:]))
 
 
 def test_wsd_schedule():

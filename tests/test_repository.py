@@ -28,10 +28,11 @@ def text_files() -> list[Path]:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_folder_has_a_readme_that_names_its_files(folder):
     readme = (ROOT / folder / "README.md").read_text("utf-8")
-    entries = [path for path in (ROOT / folder).iterdir() if not path.name.startswith((".", "__pycache__"))]
     # tests mirror modules by name, so their README explains the naming and not each file
-    names = {path.name for path in entries if not path.name.startswith("test_") and (path.is_file() or any(path.iterdir()))}
-    unnamed = sorted(name for name in names - {"README.md", "__init__.py"} if name not in readme)
+    hidden = (".", "__", "README.md", "test_")
+    entries = [path for path in (ROOT / folder).iterdir() if not path.name.startswith(hidden)]
+    filled = [path for path in entries if path.is_file() or any(path.iterdir())]
+    unnamed = sorted(path.name for path in filled if path.name not in readme)
     assert not unnamed, f"{folder}/README.md has no line about {unnamed}"
 
 

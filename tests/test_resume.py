@@ -181,7 +181,7 @@ def test_resume_refuses_another_model_and_a_missing_run(tmp_path):
         resume(tmp_path)
     with pytest.raises(ConfigError, match="not empty"):
         train(config(), out)
-    with pytest.raises(CheckpointError, match="past train.steps=5"):
+    with pytest.raises(CheckpointError, match=r"past train\.steps=5"):
         resume(out, ["train.steps=5", "train.schedule.warmup_steps=0"])
 
 

@@ -39,5 +39,5 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
         """Gather, compute, weigh and sum: x_TD [T, D] to y_TD [T, D] in the same type."""
-        weights = (w.to(x_TD.dtype) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD))
-        return BACKENDS[self.backend](x_TD, *weights, dispatch)
+        gate, up, down = (w.to(x_TD.dtype) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD))
+        return BACKENDS[self.backend](x_TD, gate, up, down, dispatch)

@@ -1,9 +1,9 @@
 """The `reference` backend: `moe_triton.reference`, the float32 specification."""
 
-from moe_triton import reference
 from torch import Tensor
 
 from moe.routing import Dispatch
+from moe_triton import reference
 
 
 def expert_ffn(x_TD: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor, dispatch: Dispatch) -> Tensor:

@@ -6,6 +6,8 @@ gradient of a row's weight is <dO·W_downᵀ, a>, which needs no expert output. 
 it also traces under torch.compile(fullgraph=True), whatever the row counts.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
@@ -25,7 +27,7 @@ def expert_ffn(x_TD: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: T
 def _spans(offsets_E1: Tensor) -> list[tuple[int, int, int]]:
     """(expert, first row, row past the last) of every expert that has rows."""
     bounds = offsets_E1.tolist()  # host sync: each expert's product needs its size
-    return [(e, s, t) for e, (s, t) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)) if t > s]
+    return [(e, start, end) for e, (start, end) in enumerate(pairwise(bounds)) if end > start]
 
 
 @torch.library.custom_op("moe_lab::expert_ffn", mutates_args=())

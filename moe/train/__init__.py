@@ -1,12 +1,12 @@
 """The trainer: `train` and `resume`, and `step_function` for those who time a step.
 
-    step       one optimizer step
-    loop       a run from set-up to summary
-    evaluate   loss on fixed validation rows
-    replay     recording and forcing of routing
-    record     run.json, attempts, memory
-    console    what a person sees
-    mirrors    Weights & Biases, TensorBoard
+step       one optimizer step
+loop       a run from set-up to summary
+evaluate   loss on fixed validation rows
+replay     recording and forcing of routing
+record     run.json, attempts, memory
+console    what a person sees
+mirrors    Weights & Biases, TensorBoard
 """
 
 from collections.abc import Callable

@@ -59,7 +59,9 @@ def resume(out: Path, overrides: Sequence[str] = ()) -> Path:
     run = load(out / "run.json", overrides)
     for name in ("model", "data", "seed"):
         if dump(getattr(run, name)) != dump(getattr(before, name)):
-            raise CheckpointError(f"{name} cannot change when a run resumes: start a new run with 'moe train {out / 'run.json'}'")
+            raise CheckpointError(
+                f"{name} cannot change when a run resumes: start a new run with 'moe train {out / 'run.json'}'"
+            )
     with _ranks(run) as ranks:
         _check(run, ranks)
         console = _console(run, ranks, [])
@@ -67,7 +69,9 @@ def resume(out: Path, overrides: Sequence[str] = ()) -> Path:
         state = _set_up(run, ranks, console)
         begin = found[-1].step if found else 0
         if begin > run.train.steps:
-            raise CheckpointError(f"{out} is at step {begin}, past train.steps={run.train.steps}: set train.steps to more")
+            raise CheckpointError(
+                f"{out} is at step {begin}, past train.steps={run.train.steps}: set train.steps to more"
+            )
         if found:
             checkpoint.load(found[-1], state.model, state.optimizer, ranks)
             _announce_layout(found[-1].meta, ranks, console)
@@ -75,7 +79,9 @@ def resume(out: Path, overrides: Sequence[str] = ()) -> Path:
             document = json.loads((out / "run.json").read_text(encoding="utf-8"))
             write_json(out / "run.json", {**document, "run": dump(run)})
         console.say(f"resuming {out} at step {begin} of {run.train.steps}")
-        return Loop(state, out, console, begin=begin, overrides=list(overrides), meta=found[-1].meta if found else {}).run()
+        return Loop(
+            state, out, console, begin=begin, overrides=list(overrides), meta=found[-1].meta if found else {}
+        ).run()
 
 
 @contextmanager
@@ -164,7 +170,14 @@ class Loop:
     """The state of a run in progress; `run` trains to the last step."""
 
     def __init__(
-        self, state: State, out: Path, console: Console, *, begin: int, overrides: list[str], meta: dict[str, Any] | None = None
+        self,
+        state: State,
+        out: Path,
+        console: Console,
+        *,
+        begin: int,
+        overrides: list[str],
+        meta: dict[str, Any] | None = None,
     ):
         self.state, self.out, self.console, self.begin = state, out, console, begin
         self.config, self.ranks = state.run, state.ranks
@@ -251,7 +264,9 @@ class Loop:
                 self.logs["routing"].write(step=step, layer=layer, **fields)
                 self.mirrors.send({f"routing/layer{layer}": fields}, step)
         if result.skipped:
-            self.console.say(f"step {step}: loss {result.loss} or gradient norm {result.grad_norm} is not finite; skipped")
+            self.console.say(
+                f"step {step}: loss {result.loss} or gradient norm {result.grad_norm} is not finite; skipped"
+            )
         self.console.step(step, result.loss, result.lr, result.grad_norm, speed)
 
     def _nonfinite_reason(self) -> str:
@@ -299,7 +314,8 @@ class Loop:
         self.logs["evals"].write(**row)
         self.mirrors.send({"evaluation": row}, step)
         self.console.say(
-            f"step {step}: validation {result.bits_per_byte:.4f} bits/byte, {result.loss:.4f} nats/token over {row['bytes']:,} bytes"
+            f"step {step}: validation {result.bits_per_byte:.4f} bits/byte, {result.loss:.4f} nats/token "
+            f"over {row['bytes']:,} bytes"
         )
 
     def _write_rows(self, result: EvaluationResult) -> None:
@@ -326,7 +342,9 @@ class Loop:
         checkpoint.save(self.out, step, self.state.model, self.state.optimizer, meta, self.ranks)
         if self.ranks.first:
             keep_best = self.config.checkpoint.keep_best and self.best is not None
-            checkpoint.prune(self.out, self.config.checkpoint.keep_last, self.best["step"] if keep_best and self.best else None)
+            checkpoint.prune(
+                self.out, self.config.checkpoint.keep_last, self.best["step"] if keep_best and self.best else None
+            )
 
     def _summarise(self, status: str, reason: str, step: int) -> None:
         if not self.ranks.first:
@@ -377,5 +395,3 @@ class Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-

@@ -40,7 +40,12 @@ class Mirrors:
 
         os.environ.setdefault("WANDB_SILENT", "true")
         session = wandb.init(
-            project="moe-lab", name=out.name, dir=str(out), mode=run.logging.wandb, config=dump(run), resume="allow"
+            project="moe-lab",
+            name=out.name,
+            dir=str(out),
+            mode="online" if run.logging.wandb == "online" else "offline",
+            config=dump(run),
+            resume="allow",
         )
         self.senders["wandb"] = lambda row, step: session.log(row, step=step)
         self.closers.append(session.finish)

@@ -15,7 +15,10 @@ from moe.routing import Selection
 
 
 class Recorder:
-    """Writes `step_<step>.rows_<first>_<end>.npz`: per layer, arrays `token_<i>` (position in the row) and `expert_<i>` [rows, R per row]."""
+    """Writes `step_<step>.rows_<first>_<end>.npz`: per expert layer i, `token_<i>` and `expert_<i>` [rows, R per row].
+
+    A token is its position in its row.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -26,7 +29,9 @@ class Recorder:
         first, end = int(row_B[0]), int(row_B[-1]) + 1
         arrays = {}
         for index, selection in enumerate(selections):
-            arrays[f"token_{index}"] = (selection.token_R % row_length).view(end - first, -1).cpu().numpy().astype(np.int32)
+            arrays[f"token_{index}"] = (
+                (selection.token_R % row_length).view(end - first, -1).cpu().numpy().astype(np.int32)
+            )
             arrays[f"expert_{index}"] = selection.expert_R.view(end - first, -1).cpu().numpy().astype(np.int16)
         path = self.folder / f"step_{step + 1:08d}.rows_{first:06d}_{end:06d}.npz"
         temporary = path.with_suffix(".tmp")
@@ -51,7 +56,10 @@ class Replayer:
         token, expert = self._rows(step, row_B.tolist())
         shift = torch.arange(len(row_B)).unsqueeze(1) * row_length
         return tuple(
-            Selection((torch.from_numpy(t).long() + shift).flatten().to(device), torch.from_numpy(e).long().flatten().to(device))
+            Selection(
+                (torch.from_numpy(t).long() + shift).flatten().to(device),
+                torch.from_numpy(e).long().flatten().to(device),
+            )
             for t, e in zip(token, expert, strict=True)
         )
 
@@ -64,13 +72,19 @@ class Replayer:
                 continue
             with np.load(path) as arrays:
                 if f"token_{self.num_layers - 1}" not in arrays or f"token_{self.num_layers}" in arrays:
-                    raise ConfigError(f"{path} was not recorded from a model with {self.num_layers} expert layers: replay it with the model that made it")
+                    raise ConfigError(
+                        f"{path} was not recorded from a model with {self.num_layers} expert layers: "
+                        "replay it with the model that made it"
+                    )
                 layers = [(arrays[f"token_{i}"], arrays[f"expert_{i}"]) for i in range(self.num_layers)]
             for row in wanted:
                 pieces[row] = ([t[row - first] for t, _ in layers], [e[row - first] for _, e in layers])
         missing = [row for row in rows if row not in pieces]
         if missing:
-            raise ConfigError(f"{self.folder} has no recorded routing for row {missing[0]} of step {step + 1}: replay a run of at least as many steps and rows")
+            raise ConfigError(
+                f"{self.folder} has no recorded routing for row {missing[0]} of step {step + 1}: "
+                "replay a run of at least as many steps and rows"
+            )
         indices = range(self.num_layers)
         return (
             [np.stack([pieces[row][0][i] for row in rows]) for i in indices],

@@ -77,7 +77,8 @@ def train_step(state: State, step: int, *, stop: bool = False, maxima: bool = Fa
     train = run.train
     model.train()
     batches = [
-        state.corpus.train_batch(step, rows, batch_rows=train.batch_rows, seed=run.seed) for rows in micro_ranges(run, ranks)
+        state.corpus.train_batch(step, rows, batch_rows=train.batch_rows, seed=run.seed)
+        for rows in micro_ranges(run, ranks)
     ]
     targets, valid_tokens, valid_rows, stops = _step_counts(batches, stop, ranks)
     inputs = [_inputs(batch, step, valid_tokens, valid_rows, ranks.device) for batch in batches]
@@ -180,10 +181,10 @@ def _reduce(
 ) -> tuple[float, dict[str, float], list[tuple[int, dict[str, Tensor]]]]:
     """Sum losses and statistics over micro-batches and ranks, in one collective (and one for maxima)."""
     names = list(outputs[0].losses)
-    scalars = torch.stack([_sum_of([o.loss for o in outputs]), *(_sum_of([o.losses[n] for o in outputs]) for n in names)])
-    keys = [
-        (index, name) for index, layer in enumerate(outputs[0].routing) for name in layer.statistics if _sums(name)
-    ]
+    scalars = torch.stack(
+        [_sum_of([o.loss for o in outputs]), *(_sum_of([o.losses[n] for o in outputs]) for n in names)]
+    )
+    keys = [(index, name) for index, layer in enumerate(outputs[0].routing) for name in layer.statistics if _sums(name)]
     parts = [_sum_of([o.routing[index].statistics[name] for o in outputs]) for index, name in keys]
     flat = ranks.sum(torch.cat([scalars.double(), *(part.double().flatten() for part in parts)]))
     values = flat[: len(scalars)].tolist()  # host sync: once per step, for the log and the check of finiteness

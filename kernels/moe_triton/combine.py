@@ -1,0 +1,70 @@
+"""The segmented sum that brings rows home: y_t = Σ over the rows of token t of weight · row.
+
+Eager torch's index_add is either atomic, so not repeatable, or a sort; and its autograd keeps the rows. Here each token
+sums its own rows, found through `reverse_R`, in the routing's order: repeatable, any number of rows per token, no zero fill.
+The backward of the gather of x is the same sum without weights, over the rows of dX.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_triton.plan import RoutingPlan
+from moe_triton.runtime import INTERPRETING, cdiv, launch, next_power_of_two
+from moe_triton.tiles import numerics, within
+
+
+@triton.jit
+def combine_fwd_kernel(
+    rows_ptr,  # [P, D] bf16
+    weight_ptr,  # [R] f32
+    reverse_ptr,  # [R] int
+    token_offsets_ptr,  # [T + 1] int
+    num_computed_ptr,  # [] int64
+    out_ptr,  # [T, D] bf16
+    D: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum the rows of one token over BLOCK_N columns; places past the computed rows were never written and are skipped."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_d = within(d, D, BLOCK_N)
+    num_computed = tl.load(num_computed_ptr)
+    total = tl.zeros([BLOCK_N], dtype=ACC)
+    for row in range(tl.load(token_offsets_ptr + token), tl.load(token_offsets_ptr + token + 1)):
+        place = tl.load(reverse_ptr + row).to(tl.int64)
+        value = tl.load(rows_ptr + place * D + d, mask=in_d & (place < num_computed), other=0).to(ACC)
+        if WEIGHTED:
+            value *= tl.load(weight_ptr + row).to(ACC)
+        total += value
+    tl.store(out_ptr + token * D + d, total, mask=in_d)
+
+
+def _config(D: int) -> dict[str, int]:
+    if INTERPRETING:
+        return {"BLOCK_N": 64}
+    return {"BLOCK_N": min(next_power_of_two(D), 1024), "num_warps": 4}
+
+
+def combine(rows_PD: Tensor, weight_R: Tensor | None, plan: RoutingPlan) -> Tensor:
+    """y_TD [T, D], the (weighted) sum of every token's rows, accumulated in float32; zero for a token without rows."""
+    D, T = rows_PD.shape[1], plan.token_offsets.shape[0] - 1
+    y_TD = rows_PD.new_empty(T, D)
+    config = _config(D)
+    launch(
+        combine_fwd_kernel,
+        (T, cdiv(D, config["BLOCK_N"])),
+        rows_PD,
+        weight_R,
+        plan.reverse_R,
+        plan.token_offsets,
+        plan.offsets_E1[-1:],
+        y_TD,
+        D=D,
+        WEIGHTED=weight_R is not None,
+        ACC=numerics(rows_PD)["ACC"],
+        **config,
+    )
+    return y_TD

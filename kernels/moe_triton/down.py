@@ -1,0 +1,88 @@
+"""Second product of the expert FFN: hidden rows times W_down, into contiguous rows.
+
+Rows are written once, in expert order and unweighted; the weighted sum per token is a kernel of its own (combine.py),
+because scattering from the epilogue costs more than the second pass over the rows. Keeps nothing for backward.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_triton.plan import RoutingPlan
+from moe_triton.runtime import INTERPRETING, cdiv, launch
+from moe_triton.tiles import Weights, multiply_add, numerics, rows_of_tile, swizzle, within
+
+
+@triton.jit
+def down_fwd_kernel(
+    hidden_ptr,  # [P, F] bf16
+    w_down_ptr,  # [E, F, D] bf16
+    b_down_ptr,  # [E, D] bf16
+    offsets_ptr,  # [E + 1] int64
+    schedule_ptr,  # [tiles, 2] int32
+    out_ptr,  # [P, D] bf16
+    num_tiles,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BIASED: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """out = hidden·W_down (+ b_down) for one tile of rows of one expert and BLOCK_N columns."""
+    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(D, BLOCK_N), GROUP)
+    expert, row, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
+    if expert < 0:
+        return
+    d = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_d = within(d, D, BLOCK_N)
+    f = tl.arange(0, BLOCK_K)
+    hidden_ptr += (row * F)[:, None]
+    w_down_ptr += expert * (F * D)
+    at_w = f[:, None] * D + d[None, :]
+    out = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    for start in range(0, F, BLOCK_K):
+        in_f = within(start + f, F, BLOCK_K)
+        hidden = tl.load(hidden_ptr + (start + f)[None, :], mask=exists[:, None] & in_f[None, :], other=0)
+        w_down = tl.load(w_down_ptr + at_w, mask=in_f[:, None] & in_d[None, :], other=0)
+        out = multiply_add(hidden, w_down, out, UPCAST, PRECISION)
+        at_w += BLOCK_K * D
+    if BIASED:
+        out += tl.load(b_down_ptr + expert * D + d, mask=in_d, other=0).to(ACC)[None, :]
+    tl.store(out_ptr + row[:, None] * D + d[None, :], out, mask=exists[:, None] & in_d[None, :])
+
+
+def _config(rows: int) -> dict[str, int]:
+    if INTERPRETING:
+        return {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 4}
+    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+
+
+def down(hidden_PF: Tensor, weights: Weights, plan: RoutingPlan) -> Tensor:
+    """out_PD [P, D]: each row's expert output, unweighted. Rows that go nowhere are not written."""
+    P, F = hidden_PF.shape
+    D = weights.w_down_EFD.shape[2]
+    out_PD = hidden_PF.new_empty(P, D)
+    config = _config(plan.tile_rows)
+    tiles = plan.schedule.shape[0]
+    launch(
+        down_fwd_kernel,
+        (tiles * cdiv(D, config["BLOCK_N"]),),
+        hidden_PF,
+        weights.w_down_EFD,
+        weights.b_down_ED,
+        plan.offsets_E1,
+        plan.schedule,
+        out_PD,
+        tiles,
+        D=D,
+        F=F,
+        BIASED=weights.b_down_ED is not None,
+        **numerics(hidden_PF),
+        **config,
+    )
+    return out_PD

@@ -1,0 +1,63 @@
+"""What the grouped products share: an expert's weights, finding a program's tile on the device, one multiply-add."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_triton.runtime import dot_precision, must_upcast
+
+
+class Weights(NamedTuple):
+    """The experts' parameters, contiguous, all of one type; no gate for an activation without one, biases optional."""
+
+    w_gate_EDF: Tensor | None
+    w_up_EDF: Tensor
+    w_down_EFD: Tensor
+    b_gate_EF: Tensor | None = None
+    b_up_EF: Tensor | None = None
+    b_down_ED: Tensor | None = None
+
+
+def numerics(x: Tensor) -> dict[str, Any]:
+    """Compile-time values that follow from a product's type: accumulator, and how tl.dot takes its operands."""
+    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    return {"ACC": acc, "UPCAST": must_upcast(x), "PRECISION": dot_precision(x)}
+
+
+@triton.jit
+def swizzle(program, num_rows, num_columns, GROUP: tl.constexpr):
+    """(row tile, column tile): GROUP row tiles share a sweep over the columns, so that their weights stay in L2."""
+    group = program // (GROUP * num_columns)
+    height = tl.minimum(num_rows - group * GROUP, GROUP)
+    within = program % (GROUP * num_columns)
+    return group * GROUP + within % height, within // height
+
+
+@triton.jit
+def rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M: tl.constexpr):
+    """(expert, rows, which of them exist) of a row tile, in 64 bits; the expert is -1 past the last tile."""
+    expert = tl.load(schedule_ptr + 2 * tile).to(tl.int64)
+    first = tl.load(schedule_ptr + 2 * tile + 1).to(tl.int64)
+    row = first + tl.arange(0, BLOCK_M)
+    return expert, row, row < tl.load(offsets_ptr + expert + 1)
+
+
+@triton.jit
+def multiply_add(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a·b; UPCAST makes the operands float32 first, for the interpreter's bfloat16."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """index < SIZE, known to be true where the blocks of a loop or grid divide SIZE."""
+    if SIZE % BLOCK == 0:
+        return tl.full(index.shape, True, tl.int1)
+    else:
+        return index < SIZE
