@@ -80,8 +80,8 @@ def attention_mask(position_S: Tensor, document_BS: Tensor | None, window: int) 
     """True where a query may see a key: [1 or B, 1, S, S] bool; None for plain causal attention."""
     if document_BS is None and window == 0:
         return None
-    distance_SS = position_S.unsqueeze(1) - position_S.unsqueeze(0)
-    mask = (distance_SS >= 0) if window == 0 else (distance_SS >= 0) & (distance_SS < window)
+    query, key = position_S.unsqueeze(1), position_S.unsqueeze(0)
+    mask = (query >= key) if window == 0 else (query >= key) & (query - window < key)
     mask = mask.view(1, 1, *mask.shape)
     if document_BS is not None:
         mask = mask & (document_BS.unsqueeze(2) == document_BS.unsqueeze(1)).unsqueeze(1)
@@ -121,26 +121,32 @@ class GroupedQuery(nn.Module):
         if self.sink_N is not None:
             out = self._with_sinks(query, key, value, mask)
         else:
-            grouped = self.config.num_heads != self.config.num_kv_heads
+            groups = self.config.num_heads // self.config.num_kv_heads
+            if groups > 1 and (mask is not None or not query.is_cuda):
+                # torch's fused kernels share key heads only on CUDA and without a mask; elsewhere it would fall back to
+                # materialising all scores
+                key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+                groups = 1
             out = scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=groups > 1
             )
         return self.out(out.transpose(1, 2).flatten(2))
 
     def _with_sinks(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Put the sink into the softmax as key 0, whose logit is sink_N for every query and whose value is zero.
 
-        An extra dimension holds 1 in queries, sink/scale in key 0 and 0 in the others, so that the product is exact.
+        An extra dimension holds 1 in queries, sink/scale in key 0 and 0 in the others, so that the product is exact; it is
+        padded to eight, the multiple that fused kernels want.
         """
         assert self.sink_N is not None
         B, N, S, H = query.shape
         groups = N // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         sink = (self.sink_N / self.scale).to(query.dtype).view(1, N, 1, 1).expand(B, N, 1, 1)
-        sink_key = torch.cat((key.new_zeros(B, N, 1, H), sink), dim=3)
-        key = torch.cat((sink_key, pad(key, (0, 1))), dim=2)
-        value = pad(value, (0, 1, 1, 0))
-        query = pad(query, (0, 1), value=1.0)
+        sink_key = pad(torch.cat((key.new_zeros(B, N, 1, H), sink), dim=3), (0, 7))
+        key = torch.cat((sink_key, pad(key, (0, 8))), dim=2)
+        value = pad(value, (0, 8, 1, 0))
+        query = pad(pad(query, (0, 1), value=1.0), (0, 7))
         if mask is None:
             mask = torch.ones(1, 1, S, S, dtype=torch.bool, device=query.device).tril()
         mask = pad(mask, (1, 0), value=True)

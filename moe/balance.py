@@ -20,7 +20,8 @@ def balance_loss(
 
     Args: share_TE [T, E] float32, rows summing to 1; expert_R [R] selected experts before capacity (E: nobody); token_R [R].
     `sequence`: f and P within each batch row, averaged over rows. `global`: f over the whole step (arXiv 2501.11873), P
-    averaged over the step's tokens. `micro_batch`: f over this micro-batch.
+    averaged over the step's tokens. `micro_batch`: f over this micro-batch. With weight 0 nothing is differentiated or
+    counted in advance, and the value of `global` is that of `micro_batch`.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and balance.weight > 0):
         value = _balance_value(share_TE, expert_R, token_R, tokens, balance.scope, layer)
@@ -77,4 +78,5 @@ def score_statistics(share_TE: Tensor, logits_TE: Tensor, tokens: Tokens) -> Cou
 
 def capacity_of(capacity_factor: float, tokens_per_row: int, top_k: int, num_experts: int) -> int:
     """Rows that an expert accepts from one batch row: ceil(capacity_factor · S · K / E), at least 1."""
-    return max(1, math.ceil(capacity_factor * tokens_per_row * top_k / num_experts))
+    # the small subtraction keeps 1.1 · 100 / 10 at 11: the product is a little more in floating point
+    return max(1, math.ceil(capacity_factor * tokens_per_row * top_k / num_experts - 1e-9))

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import Optimizer
 
 from moe.errors import CheckpointError
-from moe.metrics import SCHEMA_VERSION, write_json
+from moe.files import flush, write_json
+from moe.metrics import SCHEMA_VERSION
 from moe.parallel import Ranks
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -67,7 +68,7 @@ def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: dic
     if ranks.first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    ranks.broadcast(None)
+    ranks.wait_for_first()
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     with warnings.catch_warnings():
         # one process without a process group is what we mean
@@ -77,31 +78,25 @@ def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: dic
             checkpoint_id=temporary,
             no_dist=ranks.world_size == 1,
         )
-    ranks.broadcast(None)
+    ranks.wait_for_all()
     if ranks.first:
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         write_json(temporary / "meta.json", {"schema_version": SCHEMA_VERSION, "step": step, "files": files, **meta})
         for name in files:
-            _flush(temporary / name)
-        _flush(temporary)
+            flush(temporary / name)
+        flush(temporary)
         _publish(temporary, target)
-    ranks.broadcast(None)
+    ranks.wait_for_first()
     return target
 
 
 def _publish(temporary: Path, target: Path) -> None:
+    old = target.with_name(f".writing-old-{target.name}")
     if target.exists():
-        shutil.rmtree(target)
+        os.rename(target, old)
     os.rename(temporary, target)
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def prune(out: Path, keep_last: int, best_step: int | None) -> None:
@@ -127,9 +122,13 @@ def load(saved: Saved, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         dcp.load(state, checkpoint_id=saved.path, no_dist=ranks.world_size == 1)
+    # the checkpoint's own learning rate, decay and betas give way to the run's, which may have been changed on resume
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
     )
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def _check_names(saved: Saved, state: dict[str, dict[str, Any]]) -> None:

@@ -12,12 +12,34 @@ A value is a function of (seed, canonical name, global expert index): the same i
 wherever names and shapes agree.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from moe.random import stable_seed
 
 RESIDUAL_WRITERS = ("attention.out.weight", ".down.weight", "w_down_EFD")
+
+
+@contextmanager
+def off_meta() -> Iterator[None]:
+    """Build what is inside on the CPU where the default device is meta: small modules whose buffers hold values."""
+    if torch.get_default_device().type == "meta":
+        with torch.device("cpu"):
+            yield
+    else:
+        yield
+
+
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Give a module that was built on the meta device memory on `device`; `initialise` then fills its parameters."""
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+    module.to(device)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a run writes: append-only JSON lines, atomic JSON files, and the routing row of a layer."""
+"""What a run writes: append-only JSON lines, and the routing row of a layer."""
 
 import json
 import math
@@ -8,6 +8,8 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+
+from moe.files import finite
 
 SCHEMA_VERSION = 1
 DEAD_SHARE = 0.01
@@ -29,7 +31,7 @@ class JsonLines:
     def write(self, **fields: Any) -> None:
         """Append one line. Non-finite numbers become null, so that every line is JSON."""
         row = {"schema_version": SCHEMA_VERSION, "attempt": self.attempt, **fields}
-        self.file.write((json.dumps(_finite(row), allow_nan=False) + "\n").encode())
+        self.file.write((json.dumps(finite(row), allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
         """Write through to the disk and close."""
@@ -52,27 +54,6 @@ def _cut_partial_line(path: Path) -> None:
             keep = start
         if keep < size:
             file.truncate(keep)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is there whole or not at all: a temporary file, flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(_finite(value), file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 def max_vio_floor(num_experts: int, rows: float) -> float:

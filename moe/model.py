@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from moe.attention import GroupedQuery, Latent, RMSNorm, RotaryEmbedding, attention_mask
 from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer
-from moe.init import initialise
+from moe.init import initialise, off_meta
 from moe.moe_layer import Linear, MoELayer, SwiGLU
 from moe.routing import Counts, Routing, Selection, Tokens
 
@@ -47,7 +47,7 @@ class Output:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, config: Model, layer: int, moe_index: int, seed: int, residual_scale: float):
+    def __init__(self, config: Model, layer: int, seed: int, residual_scale: float):
         super().__init__()
         attention = config.attention
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
@@ -64,7 +64,6 @@ class Block(nn.Module):
                 config.moe,
                 config.dim,
                 layer=layer,
-                moe_index=moe_index,
                 seed=seed,
                 init_std=config.init_std,
                 residual_scale=residual_scale,
@@ -103,13 +102,10 @@ class Transformer(nn.Module):
         rotated_dim = round(attention.head_dim * config.rotary.fraction) if grouped else attention.rope_dim
         self.windows = attention.windows if grouped else (0,)
         residual_scale = 1 / math.sqrt(2 * config.num_layers) if config.init_depth_scaling else 1.0
-        moe_layers = [layer for layer in range(config.num_layers) if is_moe_layer(config, layer)]
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.rotary = RotaryEmbedding(config.rotary, rotated_dim)
-        self.layers = nn.ModuleList(
-            Block(config, layer, sum(m < layer for m in moe_layers), seed, residual_scale)
-            for layer in range(config.num_layers)
-        )
+        with off_meta():
+            self.rotary = RotaryEmbedding(config.rotary, rotated_dim)
+        self.layers = nn.ModuleList(Block(config, layer, seed, residual_scale) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied_head else Linear(config.dim, config.vocab_size, bias=False)
         initialise(self, seed=seed, std=config.init_std, residual_scale=residual_scale, skip=".moe.")

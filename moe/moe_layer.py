@@ -7,8 +7,8 @@ from torch.nn.functional import silu
 from moe.config.load import resolve_router, router_name
 from moe.config.schema import MoE
 from moe.experts import Experts
-from moe.init import initialise
-from moe.routing import Dispatch, Routing, Selection, Tokens, plan
+from moe.init import initialise, off_meta
+from moe.routing import Counts, Dispatch, Routing, Selection, Tokens, plan
 
 
 class Linear(nn.Linear):
@@ -34,8 +34,9 @@ class SwiGLU(nn.Module):
 class MoELayer(nn.Module):
     """A drop-in for a feed-forward block: x_BSD [B, S, D] to (y_BSD of the same shape and type, Routing).
 
-    `layer` is the block's index in the model and `seed` that of the run: routing noise is a function of both.
-    The caller adds each of routing.losses, value·weight, to its loss, and calls `update` once per optimizer step.
+    `layer` is the block's index in the model and `seed` that of the run: first values and routing noise are functions of
+    both, so two layers of one model need two indices. The caller adds `auxiliary_loss(routing)` to its loss, and calls
+    `update` once per optimizer step.
     """
 
     def __init__(
@@ -43,22 +44,17 @@ class MoELayer(nn.Module):
         config: MoE,
         dim: int,
         *,
-        layer: int = 0,
-        moe_index: int = 0,
+        layer: int,
         seed: int = 0,
         init_std: float = 0.02,
         residual_scale: float = 1.0,
     ):
         super().__init__()
         router = resolve_router(router_name(config.router)).Router
-        self.router = router(
-            config.router,
-            dim=dim,
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            layer=moe_index,
-            seed=seed,
-        )
+        with off_meta():
+            self.router = router(
+                config.router, dim=dim, num_experts=config.num_experts, top_k=config.top_k, layer=layer, seed=seed
+            )
         self.experts = Experts(config.num_experts, dim, config.expert_hidden, config.backend)
         self.shared = SwiGLU(dim, config.shared_hidden) if config.shared_hidden else None
         self.shared_gate = Linear(dim, 1, bias=False) if config.shared_gate else None
@@ -80,9 +76,9 @@ class MoELayer(nn.Module):
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BSD), routing
 
-    def update(self, routing_counts_E: Tensor) -> None:
-        """Let the router adapt to the rows per expert of the whole optimizer step [E]."""
-        self.router.update(routing_counts_E)
+    def update(self, statistics: Counts) -> None:
+        """Let the router adapt to the statistics of the whole optimizer step: the sum of its routings' statistics."""
+        self.router.update(statistics)
 
 
 def auxiliary_loss(routing: Routing) -> Tensor:

@@ -19,6 +19,9 @@ from moe.errors import UserError
 Value = TypeVar("Value")
 BUCKET_ELEMENTS = 16 * 2**20
 TIMEOUT = timedelta(minutes=10)
+"""Longest wait in a step's collectives."""
+SET_UP_TIMEOUT = timedelta(days=7)
+"""Longest wait for rank 0 to download, tokenise and write, which may take long."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
+    """Group for messages between steps, with SET_UP_TIMEOUT; None for one rank."""
 
     @property
     def first(self) -> bool:
@@ -49,7 +54,7 @@ class Ranks:
         return tensor
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its sum over ranks, in buckets of at most 64 MiB of float32."""
+        """Replace every gradient by its sum over ranks, in buckets of about 64 MiB of float32."""
         if self.world_size == 1:
             return
         grads = []
@@ -71,8 +76,17 @@ class Ranks:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
+
+    def wait_for_first(self) -> None:
+        """Go on when rank 0 has come here too."""
+        self.broadcast(None)
+
+    def wait_for_all(self) -> None:
+        """Go on when every rank has come here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.patient)
 
     def first_then_others(self, action: Callable[[], Value]) -> Value:
         """Run on rank 0, then on the others; a UserError of rank 0 ends them all, and none waits for ever."""
@@ -95,6 +109,8 @@ def start(device: str) -> Ranks:
     `device` is "auto", "cpu" or "cuda". Raises UserError if that device is not there.
     """
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind is not None and kind.type == "mps":
+        kind = None  # no float64 there, which counts and statistics are summed in
     if device == "cuda" and (kind is None or kind.type != "cuda"):
         raise UserError(f"train.device='cuda', but torch {torch.__version__} sees no CUDA device: use 'auto' or 'cpu'")
     use_accelerator = device != "cpu" and kind is not None
@@ -110,7 +126,9 @@ def start(device: str) -> Ranks:
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = dist.get_default_backend_for_device(place)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    return Ranks(dist.get_rank(), dist.get_world_size(), place)
+    patient = dist.new_group(backend="gloo", timeout=SET_UP_TIMEOUT)
+    assert isinstance(patient, dist.ProcessGroup)
+    return Ranks(dist.get_rank(), dist.get_world_size(), place, patient)
 
 
 def joined() -> bool:

@@ -28,8 +28,13 @@ def mix(x: Tensor) -> Tensor:
 
 def token_keys(tokens: Tokens, *, seed: int, layer: int, purpose: str) -> Tensor:
     """One int64 key per token [T], a function of (seed, layer, purpose, step, row, position)."""
-    base = torch.tensor(stable_seed(seed, layer, purpose), device=tokens.row_T.device)
-    return mix(mix(mix(base + tokens.step) + tokens.row_T) + tokens.position_T)
+    return mix(mix(mix(tokens.step + _salt(seed, layer, purpose)) + tokens.row_T) + tokens.position_T)
+
+
+@torch.compiler.assume_constant_result
+def _salt(seed: int, layer: int, purpose: str) -> int:
+    """The hash of what does not change during a run; torch.compile takes it as a constant."""
+    return stable_seed(seed, layer, purpose)
 
 
 def uniform(key_T: Tensor, columns: int) -> Tensor:

@@ -19,7 +19,7 @@ class Selection(NamedTuple):
     token_R: Tensor
     """Token index of each row, ascending, int64."""
     expert_R: Tensor
-    """Expert index of each row, int64; E where the router selected nobody."""
+    """Expert index of each row, int64; E or more where the router selected none of the E experts."""
 
 
 class SumOverRanks(Protocol):
@@ -51,7 +51,7 @@ class Tokens:
     step_rows: Tensor
     """Rows of the whole step with at least one valid token, float32 scalar."""
     step_counts_LE: Tensor | None = None
-    """Rows per expert over the whole step, per MoE layer, if a first pass has counted them."""
+    """Rows per expert over the whole step, for every block (zeros for a dense one), if a first pass has counted them."""
     sum_over_ranks: SumOverRanks | None = None
     """Set when this micro-batch is all of this rank's share of the step: `global` scope sums its counts with it."""
 
@@ -127,13 +127,19 @@ class Router(nn.Module):
     """False if a token's routing can depend on later tokens of its row."""
     weights_sum: Literal["one", "at_most_one", "free"]
     """What a valid, undropped token's gate weights sum to."""
+    exact_rows: bool = True
+    """False if rows_per_token is what a loss or a controller aims at, rather than what every batch has."""
 
     def forward(self, x_TD: Tensor, tokens: Tokens, replay: Selection | None = None) -> Routing:
         """Route x_TD [T, D]; with `replay`, take that selection instead of choosing one."""
         raise NotImplementedError
 
-    def update(self, counts_E: Tensor) -> None:
-        """Adapt state to the rows per expert of the whole optimizer step; called by the trainer once per step."""
+    def update(self, statistics: Counts) -> None:
+        """Adapt state to the statistics of the whole optimizer step: those of `Routing.statistics` that add up, summed.
+
+        The trainer calls it once per optimizer step, with the same sums on every rank. `counts_E`, the rows per expert,
+        is always among them; a router that needs more puts it into the statistics of its routing.
+        """
 
     @torch.no_grad()
     def relabel(self, order_E: Tensor) -> None:

@@ -10,8 +10,7 @@ from rich.table import Table
 
 from moe import cost
 from moe.config.load import dump, resolve_router, router_name
-from moe.config.schema import Balance, GroupedQueryAttention, Model, MoE, Run, ffn_hidden, is_moe_layer
-from moe.config.tree import fields_of
+from moe.config.schema import GroupedQueryAttention, Model, Run, balances, ffn_hidden, is_moe_layer
 from moe.config.words import dotted, typed
 from moe.train.step import needs_first_pass
 
@@ -62,7 +61,7 @@ def warnings(run: Run) -> list[str]:
             "balance scope global over several micro-batches needs a first forward pass without gradient, for the "
             "counts: about a third more FLOPs; micro_rows=batch_rows or scope=sequence does without"
         )
-    if any(balance.scope == "micro_batch" for _, balance in _balances(moe)):
+    if any(balance.scope == "micro_batch" for _, balance in balances(moe.router)):
         texts.append("balance scope micro_batch depends on micro_rows and on the number of processes")
     return texts
 
@@ -113,15 +112,10 @@ def _router(run: Run) -> list[tuple[str, str]]:
         ("source", moe.router.source or "not stated"),
         ("rows per token", f"{rows:g} expected, of top_k={moe.top_k} and num_experts={moe.num_experts}"),
     ]
-    for name, balance in _balances(moe):
+    for name, balance in balances(moe.router):
         weight = f"{balance.weight:g} (1.0 is balance), or {balance.weight / moe.top_k:g} where f is not divided by K"
         pairs.append((name, f"weight {weight}; scope {balance.scope}; mean over expert layers"))
     return pairs
-
-
-def _balances(moe: MoE) -> list[tuple[str, Balance]]:
-    values = ((name, getattr(moe.router, name)) for name in fields_of(type(moe.router)))
-    return [(name, value) for name, value in values if isinstance(value, Balance)]
 
 
 def _layers(run: Run) -> Table:

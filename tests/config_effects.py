@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lab import (
     Lab,
     calls,
@@ -40,6 +41,8 @@ from moe.config.load import known_routers, resolve_router
 from moe.config.schema import Run
 from moe.config.tree import Slot, fields_of
 from moe.config.words import typed
+from moe.moe_layer import MoELayer, auxiliary_loss
+from moe.routing import Tokens
 
 
 def fields() -> list[str]:
@@ -71,6 +74,24 @@ def _fields(cls: type, path: str, but: str = "") -> Iterator[str]:
         if name != but and not child.is_family and (child.config is None or child.optional):
             yield key
         yield from _below(child, key)
+
+
+def routed(lab: Lab, run: Run) -> Any:
+    """Routing, losses, gradients and state of one expert layer, forward, backward and updated: in training, and once not."""
+    assert run.model.moe is not None
+    generator = torch.Generator().manual_seed(0)
+    layer = MoELayer(run.model.moe, run.model.dim, layer=0, seed=run.seed, init_std=0.3)
+    seen = []
+    for step in range(4):
+        layer.train(step < 3)
+        ids = torch.randint(0, 100, (4, 12), generator=generator)
+        x = torch.randn(4, 12, run.model.dim, generator=generator)
+        y, routing = layer(x, Tokens.of(ids, step=step))
+        (y.square().mean() + auxiliary_loss(routing)).backward()
+        layer.update(routing.statistics)
+        seen.append([routing.expert_R.tolist(), routing.weight_R.tolist(), auxiliary_loss(routing).item(), y.sum().item()])
+    grads = [p.grad.abs().sum().item() for p in layer.router.parameters() if p.grad is not None]
+    return seen, grads, [buffer.tolist() for buffer in layer.router.buffers()]
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -178,7 +199,93 @@ def without(settings: tuple, field: str) -> tuple:
     return tuple(text for text in settings if callable(text) or not text.startswith(f"{field}="))
 
 
+def of_router(name: str, **changes: tuple[Any, Any] | tuple[Any, Any, tuple[str, ...]]) -> dict[str, Effect]:
+    """Entries of a router and its fields (`balance_weight` is balance.weight), seen on one layer in training."""
+    choice = f"model.moe.router={name}"
+    entries = {f"model.moe.router[{name}]": Effect(routed, name, "random" if name != "random" else "topk")}
+    for field, (first, second, *given) in changes.items():
+        path = f"model.moe.router[{name}].{field.replace('balance_', 'balance.')}"
+        entries[path] = Effect(routed, first, second, (choice, *(given[0] if given else ())))
+    return entries
+
+
+WEIGHT = (0.0, 10.0)
+SCOPE = ("sequence", "micro_batch")
+CAPACITY = (0.0, 0.5)
+TWO_GROUPS = ("model.moe.router.num_groups=2",)
+GROUPS: dict[str, Any] = {
+    "num_groups": (1, 2),
+    "top_groups": (1, 2, TWO_GROUPS),
+    "normalize": (True, False),
+    "scaling_factor": (1.0, 2.5),
+}
+LOADED: dict[str, Any] = {"balance_weight": WEIGHT, "balance_scope": SCOPE, "z_weight": WEIGHT}
+LIMIT = {"max_experts": (0, 2)}
+
+NEW_ROUTERS: dict[str, Effect] = (
+    of_router("base", z_weight=WEIGHT)
+    | of_router(
+        "deepseek_v2",
+        **GROUPS,
+        balance_weight=WEIGHT,
+        balance_scope=SCOPE,
+        device_weight=(*WEIGHT, TWO_GROUPS),
+        communication_weight=(*WEIGHT, TWO_GROUPS),
+    )
+    | of_router("expert_threshold", memory=(0.0, 0.9), z_weight=WEIGHT, **LIMIT)
+    | of_router("frozen_random")
+    | of_router("gpt_oss", normalize=(True, False), **LOADED)
+    | of_router("grin", jitter=(0.01, 0.5), **LOADED)
+    | of_router(
+        "gshard", normalize=(True, False), balance_weight=WEIGHT, balance_scope=SCOPE, capacity_factor=CAPACITY
+    )
+    | of_router("llama4", **LOADED)
+    | of_router("longcat", num_null=(1, 4), budget=(0.5, 1.0), bias_rate=(0.0, 0.5), scaling_factor=(1.0, 2.5))
+    | of_router(
+        "moe_plus_plus",
+        num_zero=(0, 2),
+        num_copy=(0, 2),
+        num_constant=(0, 3),
+        tau=(0.5, 1.0),
+        balance_weight=WEIGHT,
+        balance_scope=SCOPE,
+    )
+    | of_router("noisy_topk", normalize=(True, False), importance_weight=WEIGHT, load_weight=WEIGHT)
+    | of_router("quantile", memory=(0.0, 0.9), normalize=(True, False), scaling_factor=(1.0, 2.5), z_weight=WEIGHT)
+    | of_router("quantile_batch", iterations=(1, 8), normalize=(True, False), z_weight=WEIGHT)
+    | of_router("remoe", start=(1e-8, 1.0), factor=(1.2, 3.0), **LIMIT)
+    | of_router("simbal", normalize=(True, False), orthogonal_weight=WEIGHT, z_weight=WEIGHT)
+    | of_router("sinkhorn", score=("softmax", "sigmoid"), iterations=(1, 20), z_weight=WEIGHT)
+    | of_router(
+        "smebu",
+        score=("sigmoid", "sqrt_softplus"),
+        estimator=("chosen", "dense_mixer"),
+        **GROUPS,
+        **LOADED,
+        bias_rate=(0.0, 0.5),
+        kappa=(0.1, 2.0, ("model.moe.router.bias_rate=0.5",)),
+        momentum=(0.0, 0.9, ("model.moe.router.bias_rate=0.5",)),
+        capacity_factor=CAPACITY,
+    )
+    | of_router(
+        "st_moe", normalize=(True, False), **LOADED, capacity_factor=CAPACITY, eval_capacity_factor=(0.0, 0.5)
+    )
+    | of_router(
+        "switch",
+        score=("softmax", "sigmoid"),
+        gate=("full", "selected"),
+        scaling_factor=(1.0, 2.5),
+        noise=("jitter", "gaussian"),
+        noise_scale=(0.01, 0.5),
+        estimator=("chosen", "dense_mixer"),
+        **LOADED,
+        capacity_factor=CAPACITY,
+    )
+    | of_router("top_p", threshold=(0.2, 0.9), entropy_weight=WEIGHT, **LIMIT, balance_weight=WEIGHT, balance_scope=SCOPE)
+)
+
 EFFECTS: dict[str, Effect] = {
+    **NEW_ROUTERS,
     "name": Effect(folder_name, "a", "b"),
     "seed": Effect(losses, 0, 1),
     # model
@@ -235,6 +342,11 @@ EFFECTS: dict[str, Effect] = {
     "model.moe.router[expert_choice].capacity_factor": Effect(losses, 1.0, 2.0, EXPERT_CHOICE),
     "model.moe.router[expert_choice].z_weight": Effect(losses, 0.0, 10.0, EXPERT_CHOICE),
     "model.moe.router[hash].ngram": Effect(losses, 1, 2, ("model.moe.router=hash",)),
+    "model.moe.router[loss_free].score": Effect(routed, "sigmoid", "sqrt_softplus", LOSS_FREE),
+    "model.moe.router[loss_free].num_groups": Effect(routed, 1, 2, LOSS_FREE),
+    "model.moe.router[loss_free].top_groups": Effect(routed, 1, 2, (*LOSS_FREE, *TWO_GROUPS)),
+    "model.moe.router[loss_free].estimator": Effect(routed, "chosen", "dense_mixer", LOSS_FREE),
+    "model.moe.router[topk].estimator": Effect(losses, "chosen", "dense_mixer"),
     "model.moe.router[loss_free].bias_rate": Effect(losses, 0.0, 10.0, LOSS_FREE),
     "model.moe.router[loss_free].normalize": Effect(losses, True, False, LOSS_FREE),
     "model.moe.router[loss_free].scaling_factor": Effect(losses, 1.0, 2.5, LOSS_FREE),

@@ -11,7 +11,7 @@ from moe.balance import balance_loss, capacity_of, z_loss
 from moe.config.schema import Balance
 from moe.metrics import max_vio_floor, routing_row
 from moe.routers import loss_free, topk
-from moe.routers._parts import gate
+from moe.routers._gates import gate
 from moe.routing import Tokens, apply_capacity, count_rows
 
 Z = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=torch.float64)
@@ -144,7 +144,7 @@ def test_selection_bias_chooses_and_never_weighs():
 
 def test_bias_moves_by_its_rate_against_the_load():
     router = router_of(loss_free, loss_free.Config(bias_rate=0.001))
-    router.update(torch.tensor([8, 2, 2, 4]))
+    router.update({"counts_E": torch.tensor([8, 2, 2, 4])})
     assert router.bias_E.tolist() == pytest.approx([-0.001, 0.001, 0.001, 0.0])
 
 
@@ -162,7 +162,7 @@ def test_sign_updates_balance_skewed_scores():
             score = (torch.randn(T, E, generator=generator) + offset).sigmoid()
             counts = count_rows((score + router.bias_E).topk(K, dim=1).indices.flatten(), E)
             history.append((counts.max() / counts.float().mean() - 1).item())
-            router.update(counts)
+            router.update({"counts_E": counts})
     assert history[0] > 2
     assert history[-1] < 0.3
 

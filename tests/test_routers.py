@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from moe.config.load import known_routers, resolve_router
-from moe.config.schema import MoE, RouterConfig
+from moe.config.schema import MoE, NonNegativeFloat, RouterConfig
 from moe.errors import ConfigError
 from moe.moe_layer import MoELayer, auxiliary_loss
 from moe.routing import Routing, Selection, Tokens, plan
@@ -39,16 +39,18 @@ def config_for(name: str, num_experts: int, top_k: int, **changes: object) -> Ro
     raise AssertionError(f"{name} has no settings for E={num_experts}, K={top_k}")
 
 
-def has_capacity(name: str) -> bool:
-    """Whether the router has a capacity factor that 0 switches off."""
-    return getattr(resolve_router(name).Config(), "capacity_factor", None) == 0
+def capacities(name: str) -> list[str]:
+    """The router's capacity factors that 0 switches off."""
+    hints = typing.get_type_hints(resolve_router(name).Config, include_extras=True)
+    return [field for field, hint in hints.items() if field.endswith("capacity_factor") and hint == NonNegativeFloat]
 
 
-def layer_of(name: str, num_experts: int = 6, top_k: int = 2, **changes: object) -> MoELayer:
-    """A float64 layer in evaluation mode."""
+def layer_of(name: str, num_experts: int = 6, top_k: int = 2, capacity_factor: float = 0.0) -> MoELayer:
+    """A float64 layer in evaluation mode, without capacity unless one is given."""
+    changes = dict.fromkeys(capacities(name), capacity_factor)
     router = config_for(name, num_experts, top_k, **changes)
     config = MoE(num_experts=num_experts, top_k=top_k, expert_hidden=F, router=router, backend="reference")
-    return MoELayer(config, D, init_std=0.5, seed=3).double().eval()
+    return MoELayer(config, D, layer=0, init_std=0.5, seed=3).double().eval()
 
 
 def batch(B: int = 3, S: int = 11, seed: int = 0) -> tuple[Tensor, Tokens]:
@@ -62,6 +64,25 @@ def ffn(layer: MoELayer, expert: int, x: Tensor) -> Tensor:
     """One expert applied to x, written out."""
     experts = layer.experts
     return (silu(x @ experts.w_gate_EDF[expert]) * (x @ experts.w_up_EDF[expert])) @ experts.w_down_EFD[expert]
+
+
+def combined(layer: MoELayer, routing: Routing, x: Tensor) -> Tensor:
+    """Every row's expert applied and summed, written out, and what reaches the output without an expert."""
+    x_TD, W_TE = x.flatten(0, 1), weight_matrix(routing, x.shape[0] * x.shape[1])
+    y = torch.zeros_like(x_TD) if routing.bypass_TD is None else routing.bypass_TD.double()
+    for e in range(routing.num_experts):
+        weight = W_TE[:, e : e + 1]
+        y = y + (ffn(layer, e, weight * x_TD) if routing.weight_on == "input" else weight * ffn(layer, e, x_TD))
+    return y.view_as(x)
+
+
+def adapted(layer: MoELayer, steps: int = 3) -> MoELayer:
+    """The layer after its router's state has adapted to a few batches."""
+    for step in range(steps):
+        with torch.no_grad():
+            _, routing = layer(*batch(seed=50 + step))
+        layer.update(routing.statistics)
+    return layer
 
 
 def weight_matrix(routing: Routing, num_tokens: int) -> Tensor:
@@ -111,12 +132,9 @@ def test_weights_sum_as_declared(name, top_k):
 def test_output_is_the_weighted_sum_of_the_experts(name, top_k):
     layer, (x, tokens) = layer_of(name, top_k=top_k), batch()
     y, routing = layer(x, tokens)
-    x_TD = x.flatten(0, 1)
-    W_TE = weight_matrix(routing, 33)
-    expected = sum(W_TE[:, e : e + 1] * ffn(layer, e, x_TD) for e in range(6))
-    assert torch.allclose(y.flatten(0, 1), expected, atol=1e-10)
-    if top_k == 6:
-        assert (W_TE > 0).all(), "with K = E every token meets every expert"
+    assert torch.allclose(y, combined(layer, routing, x), atol=1e-10)
+    if top_k == 6 and layer.router.exact_rows:
+        assert (weight_matrix(routing, 33) > 0).all(), "with K = E every token meets every expert"
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -124,7 +142,7 @@ def test_one_expert_is_a_dense_layer(name):
     layer, (x, tokens) = layer_of(name, num_experts=1, top_k=1), batch()
     y, routing = layer(x, tokens)
     weight_T1 = weight_matrix(routing, 33)
-    assert torch.allclose(y.flatten(0, 1), weight_T1 * ffn(layer, 0, x.flatten(0, 1)), atol=1e-10)
+    assert torch.allclose(y, combined(layer, routing, x), atol=1e-10)
     if layer.router.weights_sum == "one":
         assert torch.allclose(weight_T1, torch.ones_like(weight_T1), atol=1e-6)
 
@@ -136,15 +154,20 @@ def test_identical_experts_are_one_dense_layer(name):
         for weight in layer.experts.parameters():
             weight.copy_(weight[:1].expand_as(weight))
     y, routing = layer(x, tokens)
-    sums_T1 = weight_matrix(routing, 33).sum(1, keepdim=True)
-    assert torch.allclose(y.flatten(0, 1), sums_T1 * ffn(layer, 0, x.flatten(0, 1)), atol=1e-8)
+    if routing.weight_on == "input":
+        assert torch.allclose(y, combined(layer, routing, x), atol=1e-8), "a gate on the input is inside the expert"
+        return
+    dense = weight_matrix(routing, 33).sum(1, keepdim=True) * ffn(layer, 0, x.flatten(0, 1))
+    bypass = 0.0 if routing.bypass_TD is None else routing.bypass_TD
+    assert torch.allclose(y.flatten(0, 1), dense + bypass, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_relabelling_experts_changes_nothing(name):
-    layer, (x, tokens) = layer_of(name), batch()
-    if hasattr(layer.router, "bias_E"):
-        layer.router.bias_E.copy_(torch.linspace(-0.2, 0.2, 6))
+    layer, (x, tokens) = adapted(layer_of(name)), batch()
+    for state, buffer in layer.router.named_buffers():
+        if state.endswith("bias_E"):
+            buffer.copy_(torch.linspace(-0.2, 0.2, 6))
     before, routing = layer(x, tokens)
     order_E = torch.tensor([4, 0, 5, 2, 1, 3])
     with torch.no_grad():
@@ -161,6 +184,7 @@ def test_relabelling_experts_changes_nothing(name):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_gradients_agree_with_finite_differences_under_replay(name):
     layer, (x, tokens) = layer_of(name), batch(B=2, S=5)
+    # random directions through the Jacobian, forward against backward: its every entry would cost a hundred times as much
     with torch.no_grad():
         _, routing = layer(x, tokens)
     names = [key for key, _ in layer.named_parameters()]
@@ -172,7 +196,7 @@ def test_gradients_agree_with_finite_differences_under_replay(name):
         return y, auxiliary_loss(again).double()
 
     inputs = [t.detach().clone().requires_grad_() for t in (x, *layer.parameters())]
-    assert torch.autograd.gradcheck(value, inputs, eps=1e-6, atol=1e-6, rtol=1e-5)
+    assert torch.autograd.gradcheck(value, inputs, eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -188,11 +212,11 @@ def test_replay_reproduces_the_routing(name):
 
 
 def moves_earlier_outputs(layer: MoELayer) -> bool:
-    """Whether changing token t+1 changes outputs up to t, for any t of a few batches."""
-    for seed in range(4):
+    """Whether changing the tokens after t changes outputs up to t, for a few t of a few batches."""
+    for seed in range(3):
         x, tokens = batch(B=2, S=9, seed=seed)
         y, _ = layer(x, tokens)
-        for t in range(8):
+        for t in (0, 3, 7):
             changed, ids = x.clone(), tokens.ids_T.view(2, 9).clone()
             changed[:, t + 1 :] = 3 * batch(B=2, S=9, seed=seed + 100)[0][:, t + 1 :]
             ids[:, t + 1 :] = 49 - ids[:, t + 1 :]
@@ -203,14 +227,17 @@ def moves_earlier_outputs(layer: MoELayer) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "capacity"), [(n, c) for n, c in itertools.product(ROUTERS, [False, True]) if not c or has_capacity(n)]
+    ("name", "capacity"), [(n, c) for n, c in itertools.product(ROUTERS, [0.0, 0.6]) if not c or capacities(n)]
 )
 def test_causality_is_as_declared(name, capacity):
-    layer = layer_of(name, **({"capacity_factor": 0.6} if capacity else {}))
-    assert moves_earlier_outputs(layer) is not layer.router.causal
+    """In training or in evaluation: a router that looks ahead in training only is not causal either."""
+    layer = adapted(layer_of(name, capacity_factor=capacity))
+    with torch.no_grad():
+        moves = moves_earlier_outputs(layer) or moves_earlier_outputs(layer.train())
+    assert moves is not layer.router.causal
 
 
-@pytest.mark.parametrize("name", [n for n in ROUTERS if has_capacity(n)])
+@pytest.mark.parametrize("name", [n for n in ROUTERS if capacities(n)])
 def test_capacity_drops_the_last_tokens_of_a_row(name):
     layer, (x, tokens) = layer_of(name, capacity_factor=0.5), batch()
     dropless = layer_of(name)
@@ -227,14 +254,12 @@ def test_capacity_drops_the_last_tokens_of_a_row(name):
     assert (routing.weight_R[routing.expert_R == 6] == 0).all()
     dropped = (full.statistics["counts_E"] - routing.statistics["kept_E"]).sum()
     assert dropped == (routing.expert_R == 6).sum() > 0
-    x_TD, W_TE = x.flatten(0, 1), weight_matrix(routing, 33)
-    expected = sum(W_TE[:, e : e + 1] * ffn(layer, e, x_TD) for e in range(6))
-    assert torch.allclose(y.flatten(0, 1), expected, atol=1e-10), "a dropped row adds nothing"
+    assert torch.allclose(y, combined(layer, routing, x), atol=1e-10), "a dropped row adds nothing"
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_padding_goes_nowhere_and_counts_nowhere(name):
-    layer, (x, tokens) = layer_of(name), batch()
+    layer, (x, tokens) = adapted(layer_of(name)), batch()
     y, routing = layer(x, tokens)
     ids = torch.cat((tokens.ids_T.view(3, 11), torch.full((2, 11), 7)))
     valid = torch.cat((torch.ones(3, 11, dtype=torch.bool), torch.zeros(2, 11, dtype=torch.bool)))
@@ -242,7 +267,7 @@ def test_padding_goes_nowhere_and_counts_nowhere(name):
     after, padded = layer(padded_x, Tokens.of(ids, valid_BS=valid))
     assert torch.allclose(after[:3], y, atol=1e-12)
     assert (after[3:] == 0).all()
-    for key in ("counts_E", "kept_E", "token_sum", "entropy_sum", "margin_sum", "logit_max"):
+    for key in routing.statistics:
         assert torch.allclose(routing.statistics[key].double(), padded.statistics[key].double()), key
     for key, loss in routing.losses.items():
         assert torch.allclose(loss.value, padded.losses[key].value, atol=1e-12), key
@@ -260,7 +285,8 @@ def test_forward_and_evaluation_leave_state_alone(name):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_rows_are_known_on_the_host(name):
     layer, (x, tokens) = layer_of(name), batch()
-    _, routing = layer(x, tokens)
+    with torch.no_grad():
+        _, routing = layer(x, tokens)
     on_meta = Tokens(**{f.name: to_meta(getattr(tokens, f.name)) for f in fields(tokens)})
     shapes = plan(layer.router.to("meta")(x.flatten(0, 1).to("meta"), on_meta))
     assert shapes.token_P.shape == routing.token_R.shape, "no data-dependent shape, and no host synchronisation"
@@ -285,8 +311,10 @@ def test_awkward_batches(name, shape):
 def test_expected_rows_agree_with_the_routing(name):
     layer, (x, tokens) = layer_of(name), batch(B=4, S=24)
     _, routing = layer(x, tokens)
-    expected = layer.router.config.rows_per_token(num_experts=6, top_k=2) if hasattr(layer.router, "config") else 2
-    assert routing.statistics["kept_E"].sum().item() == pytest.approx(expected * 96, rel=0.01)
+    expected = config_for(name, 6, 2).rows_per_token(num_experts=6, top_k=2)
+    if layer.router.exact_rows:
+        assert routing.statistics["kept_E"].sum().item() == pytest.approx(expected * 96, rel=0.01)
+    assert 0 < expected <= 6
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -22,30 +22,39 @@ def combine_fwd_kernel(
     token_offsets_ptr,  # [T + 1] int
     num_computed_ptr,  # [] int64
     out_ptr,  # [T, D] bf16
+    num_tokens,
     D: tl.constexpr,
     WEIGHTED: tl.constexpr,
     ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sum the rows of one token over BLOCK_N columns; places past the computed rows were never written and are skipped."""
-    token = tl.program_id(0).to(tl.int64)
+    """Sum the rows of BLOCK_T tokens over BLOCK_N columns; places past the computed rows were never written and are skipped."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_t = token < num_tokens
     d = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_d = within(d, D, BLOCK_N)
+    first = tl.load(token_offsets_ptr + token, mask=in_t, other=0)
+    end = tl.load(token_offsets_ptr + token + 1, mask=in_t, other=0)
     num_computed = tl.load(num_computed_ptr)
-    total = tl.zeros([BLOCK_N], dtype=ACC)
-    for row in range(tl.load(token_offsets_ptr + token), tl.load(token_offsets_ptr + token + 1)):
-        place = tl.load(reverse_ptr + row).to(tl.int64)
-        value = tl.load(rows_ptr + place * D + d, mask=in_d & (place < num_computed), other=0).to(ACC)
+    total = tl.zeros([BLOCK_T, BLOCK_N], dtype=ACC)
+    for i in range(0, tl.max(end - first, axis=0).to(tl.int32)):
+        exists = first + i < end
+        place = tl.load(reverse_ptr + first + i, mask=exists, other=0).to(tl.int64)
+        computed = exists & (place < num_computed)
+        value = tl.load(rows_ptr + place[:, None] * D + d[None, :], mask=computed[:, None] & in_d[None, :], other=0)
+        value = value.to(ACC)
         if WEIGHTED:
-            value *= tl.load(weight_ptr + row).to(ACC)
+            value *= tl.load(weight_ptr + first + i, mask=computed, other=0).to(ACC)[:, None]
         total += value
-    tl.store(out_ptr + token * D + d, total, mask=in_d)
+    tl.store(out_ptr + token[:, None] * D + d[None, :], total, mask=in_t[:, None] & in_d[None, :])
 
 
 def _config(D: int) -> dict[str, int]:
     if INTERPRETING:
-        return {"BLOCK_N": 64}
-    return {"BLOCK_N": min(next_power_of_two(D), 1024), "num_warps": 4}
+        return {"BLOCK_T": 16, "BLOCK_N": 64}
+    columns = min(next_power_of_two(D), 1024)
+    return {"BLOCK_T": max(2048 // columns, 1), "BLOCK_N": columns, "num_warps": 4}
 
 
 def combine(rows_PD: Tensor, weight_R: Tensor | None, plan: RoutingPlan) -> Tensor:
@@ -55,13 +64,14 @@ def combine(rows_PD: Tensor, weight_R: Tensor | None, plan: RoutingPlan) -> Tens
     config = _config(D)
     launch(
         combine_fwd_kernel,
-        (T, cdiv(D, config["BLOCK_N"])),
+        (cdiv(T, config["BLOCK_T"]), cdiv(D, config["BLOCK_N"])),
         rows_PD,
         weight_R,
         plan.reverse_R,
         plan.token_offsets,
         plan.offsets_E1[-1:],
         y_TD,
+        T,
         D=D,
         WEIGHTED=weight_R is not None,
         ACC=numerics(rows_PD)["ACC"],

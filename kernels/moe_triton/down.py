@@ -35,30 +35,31 @@ def down_fwd_kernel(
 ):
     """out = hidden·W_down (+ b_down) for one tile of rows of one expert and BLOCK_N columns."""
     tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(D, BLOCK_N), GROUP)
-    expert, row, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
+    expert, first, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
     if expert < 0:
         return
+    row = tl.arange(0, BLOCK_M)
     d = column * BLOCK_N + tl.arange(0, BLOCK_N)
     in_d = within(d, D, BLOCK_N)
     f = tl.arange(0, BLOCK_K)
-    hidden_ptr += (row * F)[:, None]
+    hidden_ptr += first * F
     w_down_ptr += expert * (F * D)
     at_w = f[:, None] * D + d[None, :]
     out = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     for start in range(0, F, BLOCK_K):
         in_f = within(start + f, F, BLOCK_K)
-        hidden = tl.load(hidden_ptr + (start + f)[None, :], mask=exists[:, None] & in_f[None, :], other=0)
+        hidden = tl.load(hidden_ptr + row[:, None] * F + (start + f)[None, :], mask=exists[:, None] & in_f[None, :], other=0)
         w_down = tl.load(w_down_ptr + at_w, mask=in_f[:, None] & in_d[None, :], other=0)
         out = multiply_add(hidden, w_down, out, UPCAST, PRECISION)
         at_w += BLOCK_K * D
     if BIASED:
         out += tl.load(b_down_ptr + expert * D + d, mask=in_d, other=0).to(ACC)[None, :]
-    tl.store(out_ptr + row[:, None] * D + d[None, :], out, mask=exists[:, None] & in_d[None, :])
+    tl.store(out_ptr + first * D + row[:, None] * D + d[None, :], out, mask=exists[:, None] & in_d[None, :])
 
 
 def _config(rows: int) -> dict[str, int]:
     if INTERPRETING:
-        return {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 4}
+        return {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 4}
     return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 

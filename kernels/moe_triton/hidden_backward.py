@@ -17,14 +17,7 @@ from torch import Tensor
 from moe_triton.activation import GATED_ACTIVATIONS, activate_bwd
 from moe_triton.plan import RoutingPlan
 from moe_triton.runtime import INTERPRETING, cdiv, launch
-from moe_triton.tiles import Weights, multiply_add, numerics, rows_of_tile, swizzle, within
-
-
-@triton.jit
-def _halves(tile):
-    """The left and the right half of a tile's columns."""
-    left_right = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
-    return tl.split(tl.permute(left_right, (0, 2, 1)))
+from moe_triton.tiles import Weights, column_slices, multiply_add, numerics, rows_of_tile, swizzle, within
 
 
 @triton.jit
@@ -100,10 +93,11 @@ def hidden_bwd_kernel(
 ):
     """dgate, dup = s·f'·(dO·W_downᵀ), s·A and this column tile's part of ds, for one tile of rows of one expert."""
     tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(F, BLOCK_N), GROUP)
-    expert, row, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
+    expert, first, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
     if expert < 0:
         return
-    token = tl.load(token_ptr + row, mask=exists, other=0).to(tl.int64)
+    row = tl.arange(0, BLOCK_M)
+    token = tl.load(token_ptr + first + row, mask=exists, other=0).to(tl.int64)
     f = column * BLOCK_N + tl.arange(0, BLOCK_N)
     in_f = within(f, F, BLOCK_N)
     d = tl.arange(0, BLOCK_K)
@@ -123,16 +117,16 @@ def hidden_bwd_kernel(
         at_w += BLOCK_K
     if BIASED:  # every column tile sees all of dO, and one of them may count it
         dweight = tl.where(column == 0, dweight, 0.0)
-    weight = tl.load(weight_ptr + tl.load(row_ptr + row, mask=exists, other=0), mask=exists, other=0).to(ACC)
+    weight = tl.load(weight_ptr + tl.load(row_ptr + first + row, mask=exists, other=0), mask=exists, other=0).to(ACC)
+    up_ptr += first * F
+    if GATED:
+        gate_ptr += first * F
+        dgate_ptr += first * F
+    dup_ptr += first * F
+    weighted_ptr += first * F
     WIDTH: tl.constexpr = BLOCK_N // SLICES
     f = column * BLOCK_N + tl.arange(0, WIDTH)
-    if SLICES == 1:
-        slices = (dhidden,)
-    elif SLICES == 2:
-        slices = _halves(dhidden)
-    else:
-        left, right = _halves(dhidden)
-        slices = _halves(left) + _halves(right)
+    slices = column_slices(dhidden, SLICES)
     for i in tl.static_range(SLICES):
         dweight += _epilogue(
             slices[i],
@@ -152,7 +146,7 @@ def hidden_bwd_kernel(
             BLOCK_N,
         )
     if not WEIGH_INPUT:
-        tl.store(parts_ptr + column.to(tl.int64) * num_rows + row, dweight, mask=exists)
+        tl.store(parts_ptr + column.to(tl.int64) * num_rows + first + row, dweight, mask=exists)
 
 
 @triton.jit
@@ -171,6 +165,83 @@ def row_weight_bwd_kernel(
     place = tl.load(reverse_ptr + row, mask=inside, other=0).to(tl.int64)
     computed = inside & (place < tl.load(num_computed_ptr))
     total = tl.load(parts_ptr + place, mask=computed, other=0)
-    for part in range(1, PARTS):
-        total += tl.load(parts_ptr + part * num_rows.to(tl.int64) + place, mask=computed, other=0)
+    for _ in range(1, PARTS):
+        place += num_rows
+        total += tl.load(parts_ptr + place, mask=computed, other=0)
     tl.store(dweight_ptr + row, total, mask=inside)
+
+
+def _config(rows: int) -> dict[str, int]:
+    if INTERPRETING:
+        return {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_K": 32, "SLICES": 4, "GROUP": 4}
+    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 64, "SLICES": 4, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+
+
+def hidden_bwd(
+    dy_TD: Tensor,
+    gate_PF: Tensor,
+    up_PF: Tensor,
+    weights: Weights,
+    weight_R: Tensor,
+    plan: RoutingPlan,
+    *,
+    activation: str,
+    weigh_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dgate_PF, dup_PF, weighted_PF, parts): weighted is s·A, and the sum of `parts` [tiles of F, P] over its first dim is ds.
+
+    With `weigh_input` nothing is weighted (the caller weighs dX and x instead) and `parts` is empty.
+    """
+    D, (P, F) = dy_TD.shape[1], up_PF.shape
+    config = _config(plan.tile_rows)
+    columns, tiles = cdiv(F, config["BLOCK_N"]), plan.schedule.shape[0]
+    dgate_PF, dup_PF, weighted_PF = torch.empty_like(gate_PF), torch.empty_like(up_PF), torch.empty_like(up_PF)
+    parts = up_PF.new_empty(0 if weigh_input else columns, P, dtype=torch.promote_types(up_PF.dtype, torch.float32))
+    launch(
+        hidden_bwd_kernel,
+        (tiles * columns,),
+        dy_TD,
+        weights.w_down_EFD,
+        weights.b_down_ED,
+        weight_R,
+        plan.token_P,
+        plan.row_P,
+        plan.offsets_E1,
+        plan.schedule,
+        gate_PF,
+        up_PF,
+        dgate_PF,
+        dup_PF,
+        weighted_PF,
+        parts,
+        tiles,
+        P,
+        D=D,
+        F=F,
+        ACTIVATION=activation,
+        GATED=activation in GATED_ACTIVATIONS,
+        BIASED=weights.b_down_ED is not None and not weigh_input,
+        WEIGH_INPUT=weigh_input,
+        **numerics(dy_TD),
+        **config,
+    )
+    return dgate_PF, dup_PF, weighted_PF, parts
+
+
+def row_weight_bwd(parts: Tensor, weight_R: Tensor, plan: RoutingPlan) -> Tensor:
+    """The gradient of weight_R, of its type: the sum of the rows' parts [n, P] in the routing's order; exactly 0 for a row that goes nowhere."""
+    R = plan.reverse_R.shape[0]
+    dweight_R = torch.empty_like(weight_R)
+    block = 128 if INTERPRETING else 1024
+    launch(
+        row_weight_bwd_kernel,
+        (cdiv(R, block),),
+        parts,
+        plan.reverse_R,
+        plan.offsets_E1[-1:],
+        dweight_R,
+        R,
+        PARTS=parts.shape[0],
+        BLOCK=block,
+    )
+    return dweight_R

@@ -30,8 +30,6 @@ class RoutingPlan(NamedTuple):
     """The routing's row at each place, int32 or int64."""
     reverse_R: Tensor
     """The place of each of the routing's rows, int32 or int64."""
-    counts_E: Tensor
-    """Rows per expert, int64."""
     offsets_E1: Tensor
     """Rows of expert e are offsets_E1[e] : offsets_E1[e+1]; int64, E+1 entries."""
     token_offsets: Tensor
@@ -40,6 +38,11 @@ class RoutingPlan(NamedTuple):
     """(expert, first row) of every row tile, int32 [max_tiles, 2]; expert -1 past the last tile."""
     tile_rows: int
     """Rows of a tile."""
+
+    @property
+    def counts_E(self) -> Tensor:
+        """Rows per expert, int64."""
+        return self.offsets_E1.diff()
 
 
 @triton.jit
@@ -73,7 +76,6 @@ def plan_count_kernel(
 def plan_scan_kernel(
     counts_ptr,  # [blocks, E + 1] int32
     base_ptr,  # [blocks, E + 1] int32
-    counts_E_ptr,  # [E] int64
     offsets_ptr,  # [E + 1] int64
     num_blocks,
     num_bins,
@@ -89,7 +91,6 @@ def plan_scan_kernel(
         at = block[:, None].to(tl.int64) * num_bins + bin[None, :]
         total += tl.sum(tl.load(counts_ptr + at, mask=inside, other=0), axis=0)
     before = tl.cumsum(total, axis=0) - total
-    tl.store(counts_E_ptr + bin, total.to(tl.int64), mask=bin < num_bins - 1)
     tl.store(offsets_ptr + bin, before.to(tl.int64), mask=bin < num_bins)
     for start in range(0, num_blocks, BLOCK):
         block = start + tl.arange(0, BLOCK)
@@ -167,10 +168,9 @@ def tile_rows(num_rows: int, num_experts: int) -> int:
 
     Past 32 rows never less than 64, the least that the matrix units of sm_90 and later take.
     """
-    if INTERPRETING:
-        return 16  # so that small tests meet several tiles
     share = next_power_of_two(cdiv(num_rows, max(num_experts, 1)))
-    return min(max(share, 16 if share <= 32 else 64), 128)
+    most = 32 if INTERPRETING else 128  # so that small tests meet several tiles
+    return min(max(share, 16 if share <= 32 else 64), most)
 
 
 def max_tiles(num_rows: int, num_experts: int, rows: int) -> int:
@@ -181,27 +181,25 @@ def max_tiles(num_rows: int, num_experts: int, rows: int) -> int:
 
 
 @torch.library.custom_op("moe_triton::plan", mutates_args=())
-def _plan(token_R: Tensor, expert_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _plan(token_R: Tensor, expert_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     R, device = token_R.shape[0], token_R.device
-    bins, block = num_experts + 1, 64 if INTERPRETING else 1024
+    bins, block = num_experts + 1, 128 if INTERPRETING else 1024
     blocks, BINS = cdiv(R, block), max(next_power_of_two(bins + 1), 32)
     token_P, row_P, reverse_R = (torch.empty(R, dtype=torch.int32, device=device) for _ in range(3))
-    counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
     offsets_E1 = torch.empty(bins, dtype=torch.int64, device=device)
     counts, base = (torch.empty(blocks, bins, dtype=torch.int32, device=device) for _ in range(2))
     token_R, expert_R = token_R.contiguous(), expert_R.contiguous()
     launch(plan_count_kernel, (blocks,), expert_R, counts, R, bins, BLOCK=block, BINS=BINS)
     scan_rows = max(4096 // BINS, 1)
-    launch(plan_scan_kernel, (1,), counts, base, counts_E, offsets_E1, blocks, bins, BLOCK=scan_rows, BINS=BINS)
+    launch(plan_scan_kernel, (1,), counts, base, offsets_E1, blocks, bins, BLOCK=scan_rows, BINS=BINS)
     launch(plan_place_kernel, (blocks,), token_R, expert_R, base, token_P, row_P, reverse_R, R, bins, BLOCK=block)
-    return token_P, row_P, reverse_R, counts_E, offsets_E1
+    return token_P, row_P, reverse_R, offsets_E1
 
 
 @_plan.register_fake
 def _(token_R, expert_R, num_experts):
     token_P, row_P, reverse_R = (torch.empty_like(token_R, dtype=torch.int32) for _ in range(3))
-    counts_E = token_R.new_empty(num_experts, dtype=torch.int64)
-    return token_P, row_P, reverse_R, counts_E, token_R.new_empty(num_experts + 1, dtype=torch.int64)
+    return token_P, row_P, reverse_R, token_R.new_empty(num_experts + 1, dtype=torch.int64)
 
 
 @torch.library.custom_op("moe_triton::schedule_tiles", mutates_args=())
@@ -237,7 +235,21 @@ def routing_plan(token_R: Tensor, expert_R: Tensor, token_offsets: Tensor, *, nu
     if num_experts >= MAX_EXPERTS:
         raise ValueError(f"num_experts ({num_experts}) must be less than {MAX_EXPERTS}: sort keys have 31 bits")
     R = token_R.shape[0]
-    token_P, row_P, reverse_R, counts_E, offsets_E1 = _plan(token_R, expert_R, num_experts)
+    token_P, row_P, reverse_R, offsets_E1 = _plan(token_R, expert_R, num_experts)
     rows = tile_rows(R, num_experts)
     schedule = schedule_tiles(offsets_E1, R, rows)
-    return RoutingPlan(token_P, row_P, reverse_R, counts_E, offsets_E1, token_offsets, schedule, rows)
+    return RoutingPlan(token_P, row_P, reverse_R, offsets_E1, token_offsets, schedule, rows)
+
+
+def plan_from_order(token_P: Tensor, row_P: Tensor, offsets_E1: Tensor, *, num_tokens: int) -> RoutingPlan:
+    """The plan of rows that are in expert order already: place p holds row row_P[p] of the routing, of token token_P[p].
+
+    token_P, row_P [P] int64, row_P a permutation; the routing's rows are in ascending token order; offsets_E1 [E+1] int64.
+    """
+    P, E = row_P.shape[0], offsets_E1.shape[0] - 1
+    reverse_R = torch.empty_like(row_P).scatter_(0, row_P, torch.arange(P, device=row_P.device))
+    token_R = token_P.index_select(0, reverse_R)
+    token_offsets = torch.searchsorted(token_R, torch.arange(num_tokens + 1, device=row_P.device))
+    rows = tile_rows(P, E)
+    schedule = schedule_tiles(offsets_E1, P, rows)
+    return RoutingPlan(token_P, row_P, reverse_R, offsets_E1, token_offsets, schedule, rows)

@@ -38,11 +38,14 @@ def swizzle(program, num_rows, num_columns, GROUP: tl.constexpr):
 
 @triton.jit
 def rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M: tl.constexpr):
-    """(expert, rows, which of them exist) of a row tile, in 64 bits; the expert is -1 past the last tile."""
+    """(expert, first row, which rows of the tile exist); the expert is -1 past the last tile.
+
+    Both are in 64 bits, to be multiplied by a row's or an expert's size; what stays within a tile or an expert's weight is in
+    32, because a tile of 64-bit offsets would take all registers.
+    """
     expert = tl.load(schedule_ptr + 2 * tile).to(tl.int64)
     first = tl.load(schedule_ptr + 2 * tile + 1).to(tl.int64)
-    row = first + tl.arange(0, BLOCK_M)
-    return expert, row, row < tl.load(offsets_ptr + expert + 1)
+    return expert, first, first + tl.arange(0, BLOCK_M) < tl.load(offsets_ptr + expert + 1)
 
 
 @triton.jit
@@ -61,3 +64,22 @@ def within(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
         return tl.full(index.shape, True, tl.int1)
     else:
         return index < SIZE
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    left_right = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(left_right, (0, 2, 1)))
+
+
+@triton.jit
+def column_slices(tile, SLICES: tl.constexpr):
+    """1, 2 or 4 slices of a tile's columns: an epilogue over a whole accumulator at once does not fit into registers."""
+    if SLICES == 1:
+        return (tile,)
+    elif SLICES == 2:
+        return _halves(tile)
+    else:
+        left, right = _halves(tile)
+        return _halves(left) + _halves(right)

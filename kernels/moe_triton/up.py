@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_triton.activation import GATED_ACTIVATIONS, activate
 from moe_triton.plan import RoutingPlan
 from moe_triton.runtime import INTERPRETING, cdiv, launch
-from moe_triton.tiles import Weights, multiply_add, numerics, rows_of_tile, swizzle, within
+from moe_triton.tiles import Weights, column_slices, multiply_add, numerics, rows_of_tile, swizzle, within
 
 
 @triton.jit
@@ -43,14 +43,16 @@ def up_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """gate = x·W_gate, up = x·W_up, hidden = f(gate)·up, for one tile of rows of one expert and BLOCK_N hidden columns."""
     tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(F, BLOCK_N), GROUP)
-    expert, row, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
+    expert, first, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
     if expert < 0:
         return
-    token = tl.load(token_ptr + row, mask=exists, other=0).to(tl.int64)
+    row = tl.arange(0, BLOCK_M)
+    token = tl.load(token_ptr + first + row, mask=exists, other=0).to(tl.int64)
     f = column * BLOCK_N + tl.arange(0, BLOCK_N)
     in_f = within(f, F, BLOCK_N)
     d = tl.arange(0, BLOCK_K)
@@ -70,26 +72,36 @@ def up_fwd_kernel(
         up = multiply_add(x, tl.load(up_w_ptr + at_w, mask=in_w, other=0), up, UPCAST, PRECISION)
         at_w += BLOCK_K * F
     if WEIGH_INPUT:  # (s·x)·W = s·(x·W), scaled before anything is rounded
-        weight = tl.load(weight_ptr + tl.load(row_ptr + row, mask=exists, other=0), mask=exists, other=0).to(ACC)
+        weight = tl.load(weight_ptr + tl.load(row_ptr + first + row, mask=exists, other=0), mask=exists, other=0).to(ACC)
         gate *= weight[:, None]
         up *= weight[:, None]
     if BIASED:
         if GATED:
             gate += tl.load(b_gate_ptr + expert * F + f, mask=in_f, other=0).to(ACC)[None, :]
         up += tl.load(b_up_ptr + expert * F + f, mask=in_f, other=0).to(ACC)[None, :]
-    at = row[:, None] * F + f[None, :]
-    in_tile = exists[:, None] & in_f[None, :]
     if KEEP:
+        up_ptr += first * F
         if GATED:
-            tl.store(gate_ptr + at, gate, mask=in_tile)
-        tl.store(up_ptr + at, up, mask=in_tile)
-    tl.store(hidden_ptr + at, activate(gate, up, ACTIVATION, GATED), mask=in_tile)
+            gate_ptr += first * F
+    hidden_ptr += first * F
+    WIDTH: tl.constexpr = BLOCK_N // SLICES
+    gates = column_slices(gate, SLICES)
+    ups = column_slices(up, SLICES)
+    for i in tl.static_range(SLICES):
+        f = column * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
+        at = row[:, None] * F + f[None, :]
+        in_slice = exists[:, None] & within(f, F, BLOCK_N)[None, :]
+        if KEEP:
+            if GATED:
+                tl.store(gate_ptr + at, gates[i], mask=in_slice)
+            tl.store(up_ptr + at, ups[i], mask=in_slice)
+        tl.store(hidden_ptr + at, activate(gates[i], ups[i], ACTIVATION, GATED), mask=in_slice)
 
 
 def _config(rows: int) -> dict[str, int]:
     if INTERPRETING:
-        return {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 4}
-    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+        return {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_K": 32, "SLICES": 4, "GROUP": 4}
+    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 64, "SLICES": 4, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
 def up(

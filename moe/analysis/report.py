@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,18 +14,12 @@ from moe.analysis.paired import Interval, evaluation_noise, paired_gain
 from moe.analysis.rows import Json, RunRows, read_json, read_run
 from moe.analysis.summaries import arm_summary, cautions, differences, finite, routing_health, timing_summary
 from moe.errors import UserError
+from moe.files import write_text
 
 COMPARISON = {"contract": (str,), "seeds": (list,), "arms": (dict,)}
 TIMING = {"sparse": (list,), "dense": (list,)}
 AHEAD = {"ahead": "ahead of", "behind": "behind"}
 STATUS = {"finished": "finished", "interrupted": "was interrupted", "stopped": "stopped itself"}
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file at once, so that no reader sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _decimals(*values: float | None) -> int:
@@ -385,7 +378,7 @@ def build_report(directory: Path) -> Path:
             "train`."
         )
     report = finite({"schema_version": 1, **report})
-    _write(directory / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(directory / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     page = directory / "report.html"
-    _write(page, html.render(report, directory))
+    write_text(page, html.render(report, directory))
     return page

@@ -5,7 +5,7 @@ A class with a `name` field is one member of a family (attention, tokenizer, sou
 command line drops the old member's fields.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -436,6 +436,12 @@ class Run:
 
 
 Json = dict[str, Any]
+
+
+def balances(router: RouterConfig) -> list[tuple[str, Balance]]:
+    """Every balance loss among a router's settings, with its name."""
+    values = ((item.name, getattr(router, item.name)) for item in fields(router))  # type: ignore[arg-type]
+    return [(name, value) for name, value in values if isinstance(value, Balance)]
 
 
 def is_moe_layer(model: Model, layer: int) -> bool:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from moe.config.schema import HubSource
-from moe.data.cache import digest, write_whole
+from moe.data.cache import digest
 from moe.data.documents import Document, Intake, document_from_record
 from moe.data.files import digest_files, find_files
 from moe.errors import DataError
+from moe.files import write_text
 
 BUILDERS = ("arrow", "csv", "json", "parquet", "text")
 HUB_TIMEOUT_SECONDS = 20
@@ -131,7 +132,7 @@ def _hub_revision(dataset: str, cache_dir: Path) -> str:
     if not revision:
         raise DataError(f"data set {dataset!r} has no commit on the hub, so it cannot be cached: it may be empty")
     try:
-        write_whole(remembered, revision)
+        write_text(remembered, revision)
     except OSError as error:
         raise DataError(
             f"the data cache {cache_dir} cannot be written ({error.strerror}): set data.cache_dir"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe.config.schema import BpeTokenizer, PretrainedTokenizer
-from moe.data.cache import write_whole
 from moe.errors import DataError
+from moe.files import write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -103,7 +103,7 @@ def train_bpe(config: BpeTokenizer, texts: Sequence[str], cache_dir: Path) -> Le
         digest.update(hashlib.blake2b(text.encode(), digest_size=16).digest())
     path = cache_dir / "tokenizers" / f"{digest.hexdigest()}.json"
     if not path.is_file():
-        write_whole(path, _train_backend(config, texts).to_str())
+        write_text(path, _train_backend(config, texts).to_str())
     return Learned(_read_backend(path), SEPARATOR)
 
 

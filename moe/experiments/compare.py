@@ -7,7 +7,6 @@ timing.json. Doing the same again reuses finished runs and resumes the others.
 import hashlib
 import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from moe.config.schema import Run, ffn_hidden
 from moe.cost import dense_twin, relative_difference, train_flops_per_token
 from moe.errors import ConfigError, TrainingStopped, UserError
 from moe.experiments.processes import Job, cpu_count, log_tail, run_jobs
+from moe.files import write_json
 
 CONTRACT = "equal active FLOPs per token"
 TRAIN = (sys.executable, "-m", "moe.train")
@@ -53,12 +53,6 @@ class Planned:
 
 def _plain(run: Run) -> Json:
     return json.loads(json.dumps(dump(run)))
-
-
-def _write_json(path: Path, value: Json) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _with_rate(run: Run, lr: float) -> Run:
@@ -154,7 +148,7 @@ def train(
     done: tuple[State, ...] = ("finished", "stopped") if may_stop else ("finished",)
     waiting = []
     for name, planned in by_name.items():
-        _write_json(planned.config, {"schema_version": 1, "run": _plain(planned.run)})
+        write_json(planned.config, {"schema_version": 1, "run": _plain(planned.run)})
         if states[name] in done:
             say(f"{name}: already {states[name]}, reused")
         else:
@@ -206,7 +200,7 @@ def time_steps(
         say(f"timing: {rounds} rounds of both arms in {seconds:.0f} s")
 
     run_jobs([Job("timing", (*command, *files, *options), out / "timing.log")], 1, check)
-    _write_json(target, {**read_json(target), "fingerprint": fingerprint})
+    write_json(target, {**read_json(target), "fingerprint": fingerprint})
 
 
 # ------------------------------------------------------------------------------------------------------------ compare
@@ -308,7 +302,7 @@ def compare(
         "twin": _twin_record(arms["sparse"], arms["dense"]),
         "learning_rate": rate,
     }
-    _write_json(out / "compare.json", record)
+    write_json(out / "compare.json", record)
     pairs = zip(plans_by_arm["sparse"], plans_by_arm["dense"], strict=True)
     train([planned for pair in pairs for planned in pair], jobs=jobs, command=train_command, say=say)
     if timing_rounds:

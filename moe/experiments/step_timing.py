@@ -5,9 +5,7 @@ arms take turns on the same batches, and who goes first alternates too, so that 
 """
 
 import argparse
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +15,7 @@ import torch
 
 from moe.config.load import load
 from moe.config.schema import Run
+from moe.files import write_json
 from moe.train import step_function
 
 WARMUP_STEPS = 2
@@ -88,9 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         **interleave(steps, given.rounds),
     }
-    partial = given.out.with_name(given.out.name + ".partial")
-    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    os.replace(partial, given.out)
+    write_json(given.out, result)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def _forward(
     y_TD = torch.zeros(x_TD.shape, dtype=sum_dtype, device=x_TD.device)
     P, F = token_P.shape[0] if keep else 0, w_gate_EDF.shape[2]
     # rows that go nowhere are written by nobody: zeros, so that no uninitialised memory is ever saved
-    gate_PF = x_TD.new_zeros(P, F) if keep and spans_end(spans) < P else x_TD.new_empty(P, F)
-    up_PF = torch.zeros_like(gate_PF) if keep and spans_end(spans) < P else torch.empty_like(gate_PF)
+    gate_PF = x_TD.new_zeros(P, F) if keep and _spans_end(spans) < P else x_TD.new_empty(P, F)
+    up_PF = torch.zeros_like(gate_PF) if keep and _spans_end(spans) < P else torch.empty_like(gate_PF)
     weight_P1 = weight_P.to(x_TD.dtype).unsqueeze(1)
     for e, start, end in spans:
         token, scale = token_P[start:end], weight_P1[start:end]
@@ -67,7 +67,7 @@ def _forward(
     return y_TD.to(x_TD.dtype), gate_PF, up_PF
 
 
-def spans_end(spans: list[tuple[int, int, int]]) -> int:
+def _spans_end(spans: list[tuple[int, int, int]]) -> int:
     """The row past the last computed one."""
     return spans[-1][2] if spans else 0
 
@@ -141,10 +141,13 @@ def _(dy_TD, x_TD, gate_PF, up_PF, w_gate_EDF, w_up_EDF, w_down_EFD, token_P, we
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.on_input, _ = inputs
+    ctx.set_materialize_grads(False)  # the kept pre-activations have no gradient: zeros of their size must not be made
     ctx.save_for_backward(*tensors, output[1], output[2])
 
 
 def _autograd(ctx, dy_TD, _dgate, _dup):
+    if dy_TD is None:
+        return (None,) * 9
     x_TD, w_gate, w_up, w_down, token_P, weight_P, offsets_E1, gate_PF, up_PF = ctx.saved_tensors
     dx, dw_gate, dw_up, dw_down, dweight = _backward(
         dy_TD.contiguous(), x_TD, gate_PF, up_PF, w_gate, w_up, w_down, token_P, weight_P, offsets_E1, ctx.on_input

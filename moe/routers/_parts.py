@@ -1,33 +1,75 @@
-"""What routers are composed of: scores, selection, gate, and the assembly of a token-choice `Routing`."""
+"""What routers share besides their five choices: a linear router, the usual losses, the assembly of a `Routing`."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe.balance import capacity_of, score_statistics
-from moe.routing import Loss, Routing, Selection, Tokens, apply_capacity, count_rows, fixed_offsets
-
-
-def linear_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """Router logits [T, E] in float32 (float64 stays), whatever the type of x_TD."""
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    return torch.nn.functional.linear(x_TD.to(dtype), weight_ED.to(dtype))
-
-
-def top_k(score_TE: Tensor, k: int, replay: Selection | None) -> Tensor:
-    """The k best experts of each token [T, K], best first; or the replayed ones."""
-    if replay is not None:
-        return replay.expert_R.view(score_TE.shape[0], k)
-    return score_TE.topk(k, dim=1).indices
+from moe.balance import balance_loss, capacity_of, score_statistics, z_loss
+from moe.config.schema import Balance
+from moe.routing import (
+    Counts,
+    Loss,
+    Router,
+    Routing,
+    Selection,
+    Tokens,
+    apply_capacity,
+    count_rows,
+    fixed_offsets,
+)
 
 
-def gate(score_TE: Tensor, expert_TK: Tensor, *, normalize: bool, scaling_factor: float = 1.0) -> Tensor:
-    """Weights [T, K] of the selected experts: their scores, divided by the scores' sum if `normalize`, times a constant."""
-    weight_TK = score_TE.gather(1, expert_TK)
-    if normalize:
-        weight_TK = weight_TK / weight_TK.sum(1, keepdim=True).clamp(min=1e-20)
-    return weight_TK * scaling_factor
+class LinearRouter(Router):
+    """A router with one vector per expert, weight_ED, that knows its settings and its place."""
+
+    def __init__(self, config: Any, *, dim: int, num_experts: int, top_k: int, layer: int, seed: int):
+        super().__init__()
+        self.config, self.top_k, self.layer, self.seed = config, top_k, layer, seed
+        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
+
+
+def kept_rows(top_k: int, capacity_factor: float) -> float:
+    """Rows per token of K choices: K, or less where capacity cannot hold the balanced load."""
+    return top_k * min(1.0, capacity_factor) if capacity_factor else float(top_k)
+
+
+def choice_balance(share_TE: Tensor, expert_TK: Tensor, tokens: Tokens, balance: Balance, layer: int) -> Loss:
+    """The load-balancing loss of token choice; experts from E on are nobody."""
+    T, K = expert_TK.shape
+    token_R = torch.arange(T, device=expert_TK.device).repeat_interleave(K)
+    return balance_loss(share_TE, expert_TK.flatten(), token_R, tokens, balance, layer)
+
+
+def balance_and_z(
+    share_TE: Tensor,
+    logits_TE: Tensor,
+    expert_TK: Tensor,
+    tokens: Tokens,
+    balance: Balance,
+    z_weight: float,
+    layer: int,
+) -> dict[str, Loss]:
+    """The load-balancing loss of token choice, and the router z-loss."""
+    return {
+        "balance": choice_balance(share_TE, expert_TK, tokens, balance, layer),
+        "z": z_loss(logits_TE, tokens, z_weight),
+    }
+
+
+def mean_over_tokens(value_T: Tensor, tokens: Tokens, weight: float) -> Loss:
+    """A per-token quantity as a loss: this micro-batch's part of its mean over the step's valid tokens."""
+    if weight == 0:
+        value_T = value_T.detach()
+    return Loss((value_T * tokens.valid_T).sum() / tokens.step_tokens.clamp(min=1), weight)
+
+
+def mean_over_rows(value_B: Tensor, tokens: Tokens, weight: float) -> Loss:
+    """A per-row quantity as a loss: this micro-batch's part of its mean over the step's rows with valid tokens."""
+    if weight == 0:
+        value_B = value_B.detach()
+    used_B = tokens.valid_T.view(tokens.num_rows, -1).any(1) if tokens.num_rows else value_B.bool()
+    return Loss(torch.where(used_B, value_B, 0.0).sum() / tokens.step_rows.clamp(min=1), weight)
 
 
 def token_choice(
@@ -36,19 +78,24 @@ def token_choice(
     tokens: Tokens,
     *,
     num_experts: int,
+    keep_TK: Tensor | None = None,
     capacity_factor: float = 0.0,
     share_TE: Tensor,
     logits_TE: Tensor,
     losses: dict[str, Loss],
     weight_on: Literal["output", "input"] = "output",
+    statistics: Counts | None = None,
+    bypass_TD: Tensor | None = None,
 ) -> Routing:
-    """Assemble the routing of a router that gives every token K experts.
+    """Assemble the routing of a router that gives every token up to K experts.
 
-    Args: expert_TK [T, K] the choice; weight_TK [T, K]; capacity_factor 0 for dropless; share_TE [T, E] scores that sum to
-    1 per token and logits_TE [T, E], for the statistics. Padding and dropped rows go nowhere.
+    Args: expert_TK [T, K] the choice, E or more for nobody; weight_TK [T, K]; keep_TK False for choices that the router
+    gives up again; capacity_factor 0 for dropless; share_TE [T, E] scores that sum to 1 per token and logits_TE [T, E],
+    for the statistics; `statistics` are further ones, for the router's `update`. Padding and dropped rows go nowhere.
     """
     T, K = expert_TK.shape
-    routed_TK = torch.where(tokens.valid_T.unsqueeze(1), expert_TK, num_experts)
+    stays_TK = tokens.valid_T.unsqueeze(1) if keep_TK is None else tokens.valid_T.unsqueeze(1) & keep_TK
+    routed_TK = torch.where(stays_TK, expert_TK, num_experts).clamp(max=num_experts)
     kept_TK = routed_TK
     if capacity_factor > 0:
         capacity = capacity_of(capacity_factor, T // max(tokens.num_rows, 1), K, num_experts)
@@ -67,5 +114,7 @@ def token_choice(
             "counts_E": count_rows(routed_TK.flatten(), num_experts),
             "kept_E": count_rows(kept_TK.flatten(), num_experts),
             **score_statistics(share_TE, logits_TE, tokens),
+            **(statistics or {}),
         },
+        bypass_TD=bypass_TD,
     )

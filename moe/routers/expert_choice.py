@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe.balance import capacity_of, score_statistics, z_loss
 from moe.config.schema import NonNegativeFloat, PositiveFloat, RouterConfig, config
-from moe.routers._parts import linear_logits
+from moe.routers._scores import linear_logits
 from moe.routing import Router as BaseRouter
 from moe.routing import Routing, Selection, Tokens, count_rows
 

@@ -1,7 +1,7 @@
 """Hash routing (arXiv 2106.04426): the token's id decides, nothing is learned.
 
 Each (layer, id, expert) gets a pseudo-random score and the id goes to its k best experts, so one id always meets the same
-experts. With `ngram` n the n-1 previous ids of the row take part. Every chosen expert weighs 1/k. A control: what a model
+experts. With `ngram` n the n-1 previous ids of its document take part. Every chosen expert weighs 1/k. A control: what a model
 gains over dense with this router is capacity, not learned routing. Frequent ids unbalance the load.
 """
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from moe.config.schema import PositiveInt, RouterConfig, config
 from moe.errors import UserError
 from moe.random import mix, stable_seed
-from moe.routers._parts import token_choice, top_k
+from moe.routers._parts import token_choice
+from moe.routers._select import top_k
 from moe.routing import Router as BaseRouter
 from moe.routing import Routing, Selection, Tokens
 
@@ -51,7 +52,8 @@ class Router(BaseRouter):
             raise UserError("the hash router needs token ids: pass tokens=Tokens.of(ids_BS) to the layer")
         key_T = mix(tokens.ids_T + self.salt)
         for back in range(1, self.config.ngram):
-            earlier_T = torch.where(tokens.position_T >= back, tokens.ids_T.roll(back), -1)
+            inside_T = (tokens.position_T >= back) & (tokens.document_T == tokens.document_T.roll(back))
+            earlier_T = torch.where(inside_T, tokens.ids_T.roll(back), -1)
             key_T = mix(key_T + mix(earlier_T))
         # 24 bits of a hash are exact in float32, and 2^-24 ties a million pairs break alike everywhere: topk is deterministic
         score_TE = ((mix(key_T.unsqueeze(1) + mix(self.label_E)) >> 40) & 0xFFFFFF).float() / 2**24

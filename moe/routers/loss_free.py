@@ -2,30 +2,46 @@
 
 Score s = sigmoid(W x); choose the k largest of s + b; gate g = s over the chosen, divided by their sum, times a constant.
 After each optimizer step b_e += rate·sign(mean load - load_e), with loads of the whole global batch. The bias b is in the
-selection only: never in the gate, and without gradient. A sequence-wise balance loss of small weight is DeepSeek-V3's safeguard.
+selection only: never in the gate, and without gradient. A sequence-wise balance loss of small weight is DeepSeek-V3's
+safeguard. With groups, a token chooses within the groups whose two best biased scores have the largest sum.
+
+Scoring: linear, sigmoid or sqrt(softplus). Selection: k best of score + bias, in the best groups. Gate: score without bias,
+renormalised. Balancing: sign steps of the bias, sequence-wise loss. Gradient estimator: the chosen, or DenseMixer.
 """
 
-import torch
-from torch import Tensor, nn
+from typing import Literal
 
-from moe.balance import balance_loss, z_loss
-from moe.config.schema import Balance, NonNegativeFloat, PositiveFloat, RouterConfig, config
-from moe.errors import ConfigError
-from moe.routers._parts import gate, linear_logits, token_choice, top_k
-from moe.routing import Router as BaseRouter
-from moe.routing import Routing, Selection, Tokens
+import torch
+from torch import Tensor
+
+from moe.config.schema import Balance, NonNegativeFloat, PositiveFloat, PositiveInt, RouterConfig, config
+from moe.routers._bias import load_sign
+from moe.routers._estimators import Estimator, with_estimator
+from moe.routers._gates import gate, refuse_constant_gate
+from moe.routers._parts import LinearRouter, balance_and_z, kept_rows, token_choice
+from moe.routers._scores import linear_logits, scores, shares
+from moe.routers._select import check_groups, limit_groups, top_k
+from moe.routing import Counts, Routing, Selection, Tokens
 
 
 @config
 class Config(RouterConfig):
-    """Settings of loss-free balancing; the defaults are DeepSeek-V3's, with its scaling factor left at 1."""
+    """Settings of loss-free balancing; the defaults are DeepSeek-V3's, without its groups and with scaling factor 1."""
 
+    score: Literal["sigmoid", "sqrt_softplus"] = "sigmoid"
+    """Score of each expert: a sigmoid of its logit, or the root of a softplus."""
+    num_groups: PositiveInt = 1
+    """Equal groups of experts, devices in the paper (DeepSeek-V3: 8); 1 for no limit."""
+    top_groups: PositiveInt = 1
+    """Groups that a token may use (DeepSeek-V3: 4)."""
     bias_rate: NonNegativeFloat = 0.001
     """Step of the selection bias after each optimizer step."""
     normalize: bool = True
     """Divide the chosen scores by their sum."""
     scaling_factor: PositiveFloat = 1.0
     """Multiplies every weight (DeepSeek-V3: 2.5)."""
+    estimator: Estimator = "chosen"
+    """What teaches the router: the chosen experts, or all of them, computed for the gradient alone (E/K of the FLOPs)."""
     balance: Balance = Balance(weight=0.0001, scope="sequence")
     """Complementary load-balancing loss."""
     z_weight: NonNegativeFloat = 0.0
@@ -36,38 +52,34 @@ class Config(RouterConfig):
     source = "bias_rate 0.001 and sequence-wise balance 0.0001 as DeepSeek-V3, whose f is divided by K as ours is"
 
     def rows_per_token(self, *, num_experts: int, top_k: int) -> float:
-        """K, or less where capacity cannot hold the balanced load."""
-        return top_k * min(1.0, self.capacity_factor) if self.capacity_factor else float(top_k)
+        """K, or less where capacity cannot hold the balanced load; E if an estimator computes every expert."""
+        kept = kept_rows(top_k, self.capacity_factor)
+        return kept if self.estimator == "chosen" else kept + num_experts - top_k
 
     def check(self, *, num_experts: int, top_k: int) -> None:
-        """Refuse a router whose gradient is zero."""
-        if top_k == 1 and self.normalize:
-            raise ConfigError(
-                "normalize=true with top_k=1 makes every weight exactly 1, so the router gets no gradient from the loss: "
-                "use normalize=false or top_k=2"
-            )
+        """Refuse a router whose gradient is zero, and groups that do not fit."""
+        refuse_constant_gate(top_k, self.normalize and self.estimator == "chosen")
+        check_groups(num_experts, top_k, self.num_groups, self.top_groups)
 
 
-class Router(BaseRouter):
-    """Sigmoid top-k router with a selection bias; see the module's docstring."""
+class Router(LinearRouter):
+    """Top-k router with a selection bias; see the module's docstring."""
 
     bias_E: Tensor
 
-    def __init__(self, config: Config, *, dim: int, num_experts: int, top_k: int, layer: int, seed: int):
-        super().__init__()
-        self.config, self.top_k, self.layer = config, top_k, layer
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
-        self.register_buffer("bias_E", torch.zeros(num_experts))
+    def __init__(self, config: Config, **place: int):
+        super().__init__(config, **place)
+        self.register_buffer("bias_E", torch.zeros(place["num_experts"]))
         self.weights_sum = "one" if config.normalize and config.scaling_factor == 1 else "free"
 
     def forward(self, x_TD: Tensor, tokens: Tokens, replay: Selection | None = None) -> Routing:
         config = self.config
         logits_TE = linear_logits(x_TD, self.weight_ED)
-        score_TE = logits_TE.sigmoid()
-        share_TE = score_TE / score_TE.sum(1, keepdim=True)
-        expert_TK = top_k(score_TE.detach() + self.bias_E, self.top_k, replay)
-        token_R = torch.arange(x_TD.shape[0], device=x_TD.device).repeat_interleave(self.top_k)
-        return token_choice(
+        score_TE = scores(config.score, logits_TE)
+        share_TE = shares(config.score, score_TE)
+        biased_TE = limit_groups(score_TE.detach() + self.bias_E, config.num_groups, config.top_groups, best=2)
+        expert_TK = top_k(biased_TE, self.top_k, replay)
+        routing = token_choice(
             expert_TK,
             gate(score_TE, expert_TK, normalize=config.normalize, scaling_factor=config.scaling_factor),
             tokens,
@@ -75,13 +87,13 @@ class Router(BaseRouter):
             capacity_factor=config.capacity_factor,
             share_TE=share_TE,
             logits_TE=logits_TE,
-            losses={
-                "balance": balance_loss(share_TE, expert_TK.flatten(), token_R, tokens, config.balance, self.layer),
-                "z": z_loss(logits_TE, tokens, config.z_weight),
-            },
+            losses=balance_and_z(
+                share_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer
+            ),
         )
+        every_TE = score_TE * config.scaling_factor
+        return with_estimator(routing, config.estimator, every_TE, expert_TK, tokens, normalize=config.normalize)
 
     @torch.no_grad()
-    def update(self, counts_E: Tensor) -> None:
-        load_E = counts_E.float()
-        self.bias_E += self.config.bias_rate * (load_E.mean() - load_E).sign()
+    def update(self, statistics: Counts) -> None:
+        self.bias_E += self.config.bias_rate * load_sign(statistics["counts_E"])

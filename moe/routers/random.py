@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moe.config.schema import RouterConfig, config
 from moe.random import mix, token_keys
-from moe.routers._parts import token_choice, top_k
+from moe.routers._parts import token_choice
+from moe.routers._select import top_k
 from moe.routing import Router as BaseRouter
 from moe.routing import Routing, Selection, Tokens
 

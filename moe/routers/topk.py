@@ -1,21 +1,25 @@
 """Top-k token choice: each token goes to the k experts of highest score.
 
-Score s = softmax(W x) or sigmoid(W x); choose the k largest; gate g = s over the chosen (`full`), or s divided by its sum
-over the chosen (`selected`, which for softmax equals the softmax over the chosen logits: Mixtral = Qwen3 with norm_topk_prob).
-With k = 1, `full` and capacity 1.25 this is Switch (arXiv 2101.03961); with k = 2 and z-loss, ST-MoE (arXiv 2202.08906).
+Score s = softmax(W x), sigmoid(W x) or sqrt(softplus(W x)); choose the k largest; gate g = s over the chosen (`full`), or
+s divided by its sum over the chosen (`selected`, which for softmax equals the softmax over the chosen logits: Mixtral =
+Qwen3 with norm_topk_prob). With k = 1, `full`, jitter and capacity this is Switch; `full` is OLMoE's and Qwen2-MoE's gate.
+
+Scoring: linear, with optional noise in training. Selection: k best. Gate: score, whole or renormalised. Balancing: loss,
+z-loss. Gradient estimator: the chosen experts, or DenseMixer.
 """
 
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe.balance import balance_loss, z_loss
 from moe.config.schema import Balance, NonNegativeFloat, PositiveFloat, RouterConfig, config
 from moe.errors import ConfigError
-from moe.random import normal, token_keys, uniform
-from moe.routers._parts import gate, linear_logits, token_choice, top_k
-from moe.routing import Router as BaseRouter
+from moe.random import normal, token_keys
+from moe.routers._estimators import Estimator, with_estimator
+from moe.routers._gates import gate, refuse_constant_gate
+from moe.routers._parts import LinearRouter, balance_and_z, kept_rows, token_choice
+from moe.routers._scores import Score, jittered, linear_logits, scores, shares
+from moe.routers._select import top_k
 from moe.routing import Routing, Selection, Tokens
 
 
@@ -23,8 +27,8 @@ from moe.routing import Routing, Selection, Tokens
 class Config(RouterConfig):
     """Settings of top-k routing; the defaults are Mixtral's gate with OLMoE's loss weights."""
 
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    """Score of each expert: softmax over all experts, or a sigmoid of each."""
+    score: Score = "softmax"
+    """Score of each expert: softmax over all experts, or a sigmoid or the root of a softplus of each."""
     gate: Literal["full", "selected"] = "selected"
     """Weights are the chosen scores, or the chosen scores divided by their sum."""
     scaling_factor: PositiveFloat = 1.0
@@ -33,6 +37,8 @@ class Config(RouterConfig):
     """In training only: multiply the router's input by U(1-scale, 1+scale), or add scale·N(0, 1) to the logits."""
     noise_scale: NonNegativeFloat = 0.0
     """Size of the noise; 0 exactly when noise is "none"."""
+    estimator: Estimator = "chosen"
+    """What teaches the router: the chosen experts, or all of them, computed for the gradient alone (E/K of the FLOPs)."""
     balance: Balance = Balance(weight=0.01, scope="global")
     """Load-balancing loss."""
     z_weight: NonNegativeFloat = 0.001
@@ -46,16 +52,13 @@ class Config(RouterConfig):
     )
 
     def rows_per_token(self, *, num_experts: int, top_k: int) -> float:
-        """K, or less where capacity cannot hold the balanced load."""
-        return top_k * min(1.0, self.capacity_factor) if self.capacity_factor else float(top_k)
+        """K, or less where capacity cannot hold the balanced load; E if an estimator computes every expert."""
+        kept = kept_rows(top_k, self.capacity_factor)
+        return kept if self.estimator == "chosen" else kept + num_experts - top_k
 
     def check(self, *, num_experts: int, top_k: int) -> None:
         """Refuse a router whose gradient is zero, and noise without size."""
-        if top_k == 1 and self.gate == "selected":
-            raise ConfigError(
-                "gate 'selected' with top_k=1 makes every weight exactly 1, so the router gets no gradient from the loss: "
-                "use gate='full' or top_k=2"
-            )
+        refuse_constant_gate(top_k, self.gate == "selected" and self.estimator == "chosen", "gate='full'")
         if (self.noise == "none") != (self.noise_scale == 0):
             raise ConfigError(
                 f"noise '{self.noise}' does not go with noise_scale={self.noise_scale}: "
@@ -63,44 +66,42 @@ class Config(RouterConfig):
             )
 
 
-class Router(BaseRouter):
+class Router(LinearRouter):
     """Top-k router; see the module's docstring."""
 
-    def __init__(self, config: Config, *, dim: int, num_experts: int, top_k: int, layer: int, seed: int):
-        super().__init__()
-        self.config, self.top_k, self.layer, self.seed = config, top_k, layer, seed
-        self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
+    def __init__(self, config: Config, **place: int):
+        super().__init__(config, **place)
         bounded = "at_most_one" if config.score == "softmax" else "free"
         self.weights_sum = "free" if config.scaling_factor != 1 else "one" if config.gate == "selected" else bounded
 
     def forward(self, x_TD: Tensor, tokens: Tokens, replay: Selection | None = None) -> Routing:
-        config = self.config
+        config, normalize = self.config, self.config.gate == "selected"
         logits_TE = self._noisy_logits(x_TD, tokens)
-        score_TE = logits_TE.softmax(1) if config.score == "softmax" else logits_TE.sigmoid()
-        share_TE = score_TE if config.score == "softmax" else score_TE / score_TE.sum(1, keepdim=True)
+        score_TE = scores(config.score, logits_TE)
+        share_TE = shares(config.score, score_TE)
         expert_TK = top_k(score_TE, self.top_k, replay)
-        token_R = torch.arange(x_TD.shape[0], device=x_TD.device).repeat_interleave(self.top_k)
-        return token_choice(
+        routing = token_choice(
             expert_TK,
-            gate(score_TE, expert_TK, normalize=config.gate == "selected", scaling_factor=config.scaling_factor),
+            gate(score_TE, expert_TK, normalize=normalize, scaling_factor=config.scaling_factor),
             tokens,
             num_experts=score_TE.shape[1],
             capacity_factor=config.capacity_factor,
             share_TE=share_TE,
             logits_TE=logits_TE,
-            losses={
-                "balance": balance_loss(share_TE, expert_TK.flatten(), token_R, tokens, config.balance, self.layer),
-                "z": z_loss(logits_TE, tokens, config.z_weight),
-            },
+            losses=balance_and_z(
+                share_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer
+            ),
         )
+        every_TE = score_TE * config.scaling_factor
+        return with_estimator(routing, config.estimator, every_TE, expert_TK, tokens, normalize=normalize)
 
     def _noisy_logits(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         noise = self.config.noise if self.training else "none"
         scale = self.config.noise_scale
-        if noise == "none":
-            return linear_logits(x_TD, self.weight_ED)
-        key_T = token_keys(tokens, seed=self.seed, layer=self.layer, purpose=f"topk {noise}")
         if noise == "jitter":
-            factor_TD = 1 + scale * (2 * uniform(key_T, x_TD.shape[1]) - 1)
-            return linear_logits(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)) * factor_TD, self.weight_ED)
-        return linear_logits(x_TD, self.weight_ED) + scale * normal(key_T, self.weight_ED.shape[0])
+            x_TD = jittered(x_TD, tokens, scale, seed=self.seed, layer=self.layer, purpose="topk jitter")
+        logits_TE = linear_logits(x_TD, self.weight_ED)
+        if noise == "gaussian":
+            key_T = token_keys(tokens, seed=self.seed, layer=self.layer, purpose="topk gaussian")
+            logits_TE = logits_TE + scale * normal(key_T, logits_TE.shape[1])
+        return logits_TE

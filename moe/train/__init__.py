@@ -4,6 +4,7 @@ step       one optimizer step
 loop       a run from set-up to summary
 evaluate   loss on fixed validation rows
 replay     recording and forcing of routing
+runlog     metrics, routing, evaluations, summary
 record     run.json, attempts, memory
 console    what a person sees
 mirrors    Weights & Biases, TensorBoard

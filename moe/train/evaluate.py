@@ -1,7 +1,7 @@
 """Language-model loss on fixed validation rows: no auxiliary loss, no noise, no change of any state."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,7 +46,8 @@ def evaluate(model: Transformer, corpus: Corpus, ranks: Ranks, *, rows: int, mic
         tokens = Tokens.of(
             ids_BS, valid_BS=batch.valid_BS.to(ranks.device), document_BS=batch.document_BS.to(ranks.device)
         )
-        logits_BSV = model(ids_BS, tokens=tokens).logits_BSV
+        row_T = batch.row_B.repeat_interleave(ids_BS.shape[1]).to(ranks.device)
+        logits_BSV = model(ids_BS, tokens=replace(tokens, row_T=row_T)).logits_BSV
         sums_3R[0, span.start : span.stop] = token_losses(logits_BSV, targets_BS).double().sum(1)
         sums_3R[1, span.start : span.stop] = batch.bytes_B.to(ranks.device)
         sums_3R[2, span.start : span.stop] = (targets_BS != IGNORE).sum(1).double()

@@ -14,7 +14,8 @@ import torch
 from moe.config.load import dump
 from moe.config.schema import Run
 from moe.errors import ConfigError
-from moe.metrics import SCHEMA_VERSION, JsonLines, write_json
+from moe.files import write_json, write_text
+from moe.metrics import SCHEMA_VERSION, JsonLines
 from moe.parallel import Ranks
 
 _VERSIONED = ("moe-lab", "torch", "triton", "numpy", "datasets", "tokenizers")
@@ -55,7 +56,7 @@ def write_run(out: Path, run: Run, ranks: Ranks, backend: str) -> None:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONED}},
     }
     if diff:
-        (out / "git.diff").write_text(diff, encoding="utf-8")
+        write_text(out / "git.diff", diff)
     write_json(out / "run.json", {"schema_version": SCHEMA_VERSION, "run": dump(run), "meta": meta})
 
 

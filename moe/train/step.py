@@ -4,6 +4,7 @@ Every quantity is a sum of additive parts over micro-batches and ranks, divided 
 known before the first forward pass, so losses, gradients and statistics do not depend on the layout.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.config.schema import Run
+from moe.config.schema import Run, balances
 from moe.data import Batch, Corpus
 from moe.model import IGNORE, LayerRouting, Output, Transformer
 from moe.optim import build_optimizer, clip, gradient_norm, learning_rate
@@ -71,8 +72,16 @@ def micro_ranges(run: Run, ranks: Ranks) -> list[range]:
     return [range(row, row + run.train.micro_rows) for row in range(first, first + share, run.train.micro_rows)]
 
 
-def train_step(state: State, step: int, *, stop: bool = False, maxima: bool = False) -> StepResult:
-    """Do optimizer step `step` (from 0). `stop` says that this rank was asked to stop; `maxima` asks for all statistics."""
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
+def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, maxima: bool = False) -> StepResult:
+    """Do optimizer step `step` (from 0).
+
+    `stop` tells, when the backward pass is done, whether this rank was asked to stop; `maxima` asks for all statistics.
+    """
     run, ranks, model = state.run, state.ranks, state.model
     train = run.train
     model.train()
@@ -80,7 +89,7 @@ def train_step(state: State, step: int, *, stop: bool = False, maxima: bool = Fa
         state.corpus.train_batch(step, rows, batch_rows=train.batch_rows, seed=run.seed)
         for rows in micro_ranges(run, ranks)
     ]
-    targets, valid_tokens, valid_rows, stops = _step_counts(batches, stop, ranks)
+    targets, valid_tokens, valid_rows = _step_counts(batches, ranks)
     inputs = [_inputs(batch, step, valid_tokens, valid_rows, ranks.device) for batch in batches]
     inputs = _with_global_counts(state, batches, inputs)
     lr = learning_rate(train.schedule, train.optimizer.lr, step, train.steps)
@@ -91,28 +100,28 @@ def train_step(state: State, step: int, *, stop: bool = False, maxima: bool = Fa
         _forward_backward(state, batch, tokens, targets, step) for batch, tokens in zip(batches, inputs, strict=True)
     ]
     ranks.sum_gradients(model.parameters())
-    loss, losses, statistics = _reduce(outputs, ranks, maxima)
+    loss, losses, stops, statistics = _reduce(outputs, stop(), ranks, maxima)
     norm = gradient_norm(model)
     grad_norm = float(norm)  # host sync: a step that is not finite must not reach the optimizer
-    skipped = not (torch.isfinite(norm) and loss == loss and abs(loss) != float("inf"))
+    skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
     if not skipped:
         clip(model, norm, train.clip_norm)
         state.optimizer.step()
-        for (_, layer), (_, counts) in zip(model.moe_layers(), statistics, strict=True):
-            layer.update(counts["counts_E"])
-    return StepResult(loss, losses, lr, grad_norm, int(valid_tokens), skipped, bool(stops), statistics)
+        for (_, layer), (_, sums) in zip(model.moe_layers(), statistics, strict=True):
+            layer.update(sums)
+    # host sync: a count that the log wants
+    return StepResult(loss, losses, lr, grad_norm, int(valid_tokens), skipped, stops, statistics)
 
 
-def _step_counts(batches: list[Batch], stop: bool, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Targets, valid tokens, rows with a valid token and stop requests of the whole step, float64 scalars."""
+def _step_counts(batches: list[Batch], ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets, valid tokens and rows with a valid token of the whole step, float64 scalars."""
     counts = [
         sum(int((batch.targets_BS != IGNORE).sum()) for batch in batches),
         sum(int(batch.valid_BS.sum()) for batch in batches),
         sum(int(batch.valid_BS.any(1).sum()) for batch in batches),
-        int(stop),
     ]
     total = ranks.sum(torch.tensor(counts, dtype=torch.float64, device=ranks.device))
-    return total[0], total[1], total[2], total[3]
+    return total[0], total[1], total[2]
 
 
 def _inputs(batch: Batch, step: int, valid_tokens: Tensor, valid_rows: Tensor, device: torch.device) -> Tokens:
@@ -136,8 +145,7 @@ def needs_first_pass(run: Run, world_size: int) -> bool:
     It must where the step has several micro-batches, or several ranks and a forward pass that cannot hold a collective.
     """
     moe = run.model.moe
-    balance = getattr(moe.router, "balance", None) if moe is not None else None
-    if balance is None or balance.scope != "global" or balance.weight == 0:
+    if moe is None or not any(b.scope == "global" and b.weight > 0 for _, b in balances(moe.router)):
         return False
     accumulation = run.train.batch_rows // (world_size * run.train.micro_rows)
     return accumulation > 1 or (world_size > 1 and (run.train.activation_checkpointing or run.train.compile))
@@ -148,12 +156,14 @@ def _with_global_counts(state: State, batches: list[Batch], inputs: list[Tokens]
     if not needs_first_pass(state.run, state.ranks.world_size):
         reduce = state.ranks.sum if state.ranks.world_size > 1 and len(batches) == 1 else None
         return [replace(tokens, sum_over_ranks=reduce) for tokens in inputs]
+    model, moe = state.run.model, state.run.model.moe
+    assert moe is not None
+    counts_LE = torch.zeros(model.num_layers, moe.num_experts, dtype=torch.int64, device=state.ranks.device)
     with torch.no_grad():
-        counts = [
-            torch.stack([layer.statistics["counts_E"] for layer in _forward(state, batch, tokens).routing])
-            for batch, tokens in zip(batches, inputs, strict=True)
-        ]
-    counts_LE = state.ranks.sum(torch.stack(counts).sum(0))
+        for batch, tokens in zip(batches, inputs, strict=True):
+            for layer in _forward(state, batch, tokens).routing:
+                counts_LE[layer.layer] += layer.statistics["counts_E"]
+    counts_LE = state.ranks.sum(counts_LE)
     return [replace(tokens, step_counts_LE=counts_LE) for tokens in inputs]
 
 
@@ -177,13 +187,12 @@ def _forward_backward(state: State, batch: Batch, tokens: Tokens, targets: Tenso
 
 
 def _reduce(
-    outputs: list[Output], ranks: Ranks, maxima: bool
-) -> tuple[float, dict[str, float], list[tuple[int, dict[str, Tensor]]]]:
-    """Sum losses and statistics over micro-batches and ranks, in one collective (and one for maxima)."""
+    outputs: list[Output], stop: bool, ranks: Ranks, maxima: bool
+) -> tuple[float, dict[str, float], bool, list[tuple[int, dict[str, Tensor]]]]:
+    """Sum losses, stop requests and statistics over micro-batches and ranks, in one collective (and one for maxima)."""
     names = list(outputs[0].losses)
-    scalars = torch.stack(
-        [_sum_of([o.loss for o in outputs]), *(_sum_of([o.losses[n] for o in outputs]) for n in names)]
-    )
+    losses = [_sum_of([o.loss for o in outputs]), *(_sum_of([o.losses[name] for o in outputs]) for name in names)]
+    scalars = torch.stack([*losses, torch.tensor(float(stop), device=ranks.device)])
     keys = [(index, name) for index, layer in enumerate(outputs[0].routing) for name in layer.statistics if _sums(name)]
     parts = [_sum_of([o.routing[index].statistics[name] for o in outputs]) for index, name in keys]
     flat = ranks.sum(torch.cat([scalars.double(), *(part.double().flatten() for part in parts)]))
@@ -195,7 +204,7 @@ def _reduce(
         offset += part.numel()
     if maxima and statistics:
         _reduce_maxima([o.routing for o in outputs], statistics, ranks)
-    return values[0], dict(zip(names, values[1:], strict=True)), statistics
+    return values[0], dict(zip(names, values[1:-1], strict=True)), values[-1] > 0, statistics
 
 
 def _reduce_maxima(

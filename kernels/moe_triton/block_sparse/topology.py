@@ -85,7 +85,7 @@ class Topology:
         return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
 
-_TENSORS = tuple(field.name for field in fields(Topology) if field.type in (Tensor, "Tensor"))
+_TENSORS = tuple(field.name for field in fields(Topology) if field.type is Tensor)
 
 
 def from_mask(mask_RC: Tensor, block: int, shape: tuple[int, int] | None = None) -> Topology:
@@ -203,7 +203,9 @@ def from_routing(offsets_E1: Tensor, num_rows: int, packed: PackedExperts) -> To
     """
     E = len(packed.widths)
     if offsets_E1.shape != (E + 1,):
-        raise ValueError(f"offsets_E1 has {tuple(offsets_E1.shape)} entries for {E} widths: it needs one more than experts")
+        raise ValueError(
+            f"offsets_E1 has {tuple(offsets_E1.shape)} entries for {E} widths: it needs one more than experts"
+        )
     return _block_diagonal(offsets_E1, num_rows, packed, packed.max_tiles(num_rows), packed.max_blocks(num_rows))
 
 
@@ -215,7 +217,9 @@ def from_widths(rows: Sequence[int], packed: PackedExperts) -> Topology:
     return _block_diagonal(offsets, sum(rows), packed, sum(tiles), num_blocks)
 
 
-def _block_diagonal(offsets_E1: Tensor, num_rows: int, packed: PackedExperts, num_tiles: int, num_blocks: int) -> Topology:
+def _block_diagonal(
+    offsets_E1: Tensor, num_rows: int, packed: PackedExperts, num_tiles: int, num_blocks: int
+) -> Topology:
     """Rows of each expert × its columns. Experts are E+1 here: the last has the rows that go nowhere, and no columns."""
     E, block, device = len(packed.widths), packed.block, offsets_E1.device
     num_columns = packed.expert_C.shape[0]
@@ -232,9 +236,7 @@ def _block_diagonal(offsets_E1: Tensor, num_rows: int, packed: PackedExperts, nu
     start = _at(first_row, expert) + (tile - _at(first_tile, expert)) * block
     # past the last tile start is past the last row: such tiles are empty
     row_bounds = torch.cat([start.clamp(max=num_rows), start.new_full((1,), num_rows)])
-    used = tile < tiles_end[E]
-    blocks_of_tile = torch.where(used, _at(columns, expert), 0)
-    row_offsets = _offsets(blocks_of_tile)
+    row_offsets = _offsets(_at(columns, expert))
 
     place = _count(num_blocks, device)
     row_index = torch.searchsorted(row_offsets[1:], place, right=True, out_int32=True)

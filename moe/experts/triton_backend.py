@@ -1,0 +1,37 @@
+"""The `triton` backend: grouped products of moe_triton, on a GPU, or in Python on the CPU under TRITON_INTERPRET=1."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from moe.errors import BackendError
+from moe.routing import Dispatch
+
+
+def require() -> None:
+    """Raise BackendError where no kernel can run: without triton, or without a GPU unless triton interprets."""
+    if importlib.util.find_spec("triton") is None:
+        raise BackendError("expert backend 'triton' needs the package triton (Linux only): install it, or use 'torch'")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BackendError(
+            "expert backend 'triton' needs a GPU, and torch sees none: use 'torch', or set TRITON_INTERPRET=1 to run the "
+            "kernels in Python on the CPU (correct, and thousands of times slower)"
+        )
+
+
+def expert_ffn(x_TD: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor, dispatch: Dispatch) -> Tensor:
+    """Apply the experts and sum their weighted outputs per token: y_TD, of x_TD's type."""
+    if x_TD.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BackendError(
+            "expert backend 'triton' was given tensors on the CPU: move the model to a GPU, use 'torch', or set "
+            "TRITON_INTERPRET=1 to run the kernels in Python"
+        )
+    # imported here because triton exists on Linux only
+    from moe_triton import ffn, plan, tiles
+
+    planned = plan.plan_from_order(dispatch.token_P, dispatch.row_P, dispatch.offsets_E1, num_tokens=x_TD.shape[0])
+    weight_R = dispatch.weight_P.index_select(0, planned.reverse_R)
+    weights = tiles.Weights(w_gate_EDF, w_up_EDF, w_down_EFD)
+    return ffn.planned_ffn(x_TD, weights, weight_R, planned, weight_on=dispatch.weight_on)

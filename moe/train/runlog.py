@@ -1,0 +1,136 @@
+"""What a run in progress writes and shows: metrics, routing, evaluations, the summary, the console and the mirrors.
+
+Only rank 0 has one that writes; on the others every call is silent.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe.config.schema import Run
+from moe.cost import mfu, parameters, peak_flops, train_flops_per_token
+from moe.files import write_json, write_whole
+from moe.metrics import SCHEMA_VERSION, JsonLines, routing_row
+from moe.parallel import Ranks
+from moe.train import record
+from moe.train.console import Console
+from moe.train.evaluate import EvaluationResult
+from moe.train.mirrors import Mirrors
+from moe.train.step import StepResult
+
+
+class RunLog:
+    """The logs of one attempt at a run."""
+
+    def __init__(self, run: Run, out: Path, ranks: Ranks, console: Console, *, begin: int, overrides: list[str]):
+        self.run, self.out, self.ranks, self.console = run, out, ranks, console
+        self.flops_per_token = train_flops_per_token(run.model, run.data.sequence_length)
+        self.peak_flops = self._peak_flops()
+        self.files: dict[str, JsonLines] = {}
+        if ranks.first:
+            (out / "summary.json").unlink(missing_ok=True)  # it would describe an earlier attempt
+            attempt = record.begin_attempt(out, begin, ranks, overrides)
+            self.files = {name: JsonLines(out / f"{name}.jsonl", attempt) for name in ("metrics", "routing", "evals")}
+            self.mirrors = Mirrors(run, out, console.say)
+
+    def _peak_flops(self) -> float | None:
+        if self.run.logging.peak_tflops:
+            return self.run.logging.peak_tflops * 1e12
+        device = self.ranks.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        found = peak_flops(name, self.run.train.precision)
+        if found is None:
+            self.console.say(f"no MFU: the peak of '{name}' is not known; logging.peak_tflops sets it")
+        return found
+
+    def step(self, step: int, result: StepResult, seconds: float, tokens: int) -> None:
+        """Log optimizer step `step` (from 1), which took `seconds`; `tokens` have been seen so far."""
+        if not self.ranks.first:
+            return
+        speed = result.tokens / seconds
+        row: dict[str, Any] = {
+            "step": step,
+            "loss": result.loss,
+            "losses": result.losses,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "step_seconds": seconds,
+            "tokens_per_second": speed,
+            "tokens": tokens,
+            "memory_bytes": record.memory_bytes(self.ranks.device),
+            "skipped": result.skipped,
+        }
+        if self.peak_flops:
+            row["mfu"] = mfu(self.flops_per_token, speed / self.ranks.world_size, self.peak_flops)
+        self._write("metrics", "", step, row)
+        if result.skipped:
+            self.console.say(
+                f"step {step}: loss {result.loss} or gradient norm {result.grad_norm} is not finite; skipped"
+            )
+        self.console.step(step, result.loss, result.lr, result.grad_norm, speed)
+
+    def routing(self, step: int, result: StepResult) -> None:
+        """Log every expert layer's routing in a step."""
+        if not self.ranks.first:
+            return
+        for layer, statistics in result.statistics:
+            # host sync: routing is logged every routing_every steps only
+            fields = routing_row({name: value.cpu().numpy() for name, value in statistics.items()})
+            self._write("routing", f"routing/layer{layer}", step, {"step": step, "layer": layer, **fields})
+
+    def evaluation(self, step: int, result: EvaluationResult, *, final: bool) -> None:
+        """Log an evaluation; the final one's losses per row are kept too."""
+        if not self.ranks.first:
+            return
+        row = {
+            "step": step,
+            "final": final,
+            "rows": len(result.nats_row),
+            "tokens": int(result.tokens_row.sum()),
+            "bytes": int(result.bytes_row.sum()),
+            "loss": result.loss,
+            "bits_per_byte": result.bits_per_byte,
+        }
+        if final:
+            write_whole(
+                self.out / "final_rows.npz",
+                lambda stream: np.savez(
+                    stream, nats_row=result.nats_row, bytes_row=result.bytes_row, tokens_row=result.tokens_row
+                ),
+            )
+        self._write("evals", "evaluation", step, row)
+        self.console.say(
+            f"step {step}: validation {result.bits_per_byte:.4f} bits/byte, {result.loss:.4f} nats/token "
+            f"over {row['bytes']:,} bytes"
+        )
+
+    def _write(self, name: str, mirrored: str, step: int, row: dict[str, Any]) -> None:
+        self.files[name].write(**row)
+        self.mirrors.send({mirrored: row} if mirrored else row, step)
+
+    def close(self, status: str, reason: str, step: int, *, tokens: int, seconds: float, skipped: int) -> None:
+        """Write the summary and close everything."""
+        if not self.ranks.first:
+            return
+        counted = parameters(self.run.model)
+        write_json(
+            self.out / "summary.json",
+            {
+                "schema_version": SCHEMA_VERSION,
+                "status": status,
+                "reason": reason,
+                "step": step,
+                "tokens": tokens,
+                "seconds": seconds,
+                "parameters_total": counted.total,
+                "parameters_active": counted.active,
+                "train_flops_per_token": self.flops_per_token,
+                "peak_memory_bytes": record.peak_memory_bytes(self.ranks.device),
+                "skipped_steps": skipped,
+            },
+        )
+        for file in self.files.values():
+            file.close()
+        self.mirrors.close()

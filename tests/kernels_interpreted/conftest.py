@@ -1,0 +1,94 @@
+"""Kernels under triton's interpreter: what these tests rely on beside ../conftest.py (seeds, one thread, NaN in fresh memory).
+
+Collected only where TRITON_INTERPRET=1; tests/test_kernels_interpreted.py starts such a process. In it, every launch is
+checked: each lane of a load or store whose mask is true must lie inside a tensor that the kernel was given, and tl.dot must
+not meet bfloat16, whose bits the interpreter multiplies as integers, silently. A test can ask for `launches`.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*"]
+
+if not collect_ignore_glob:
+    import triton.runtime.interpreter as interpreter
+
+    _patched: set[int] = set()
+    _patch_lang = interpreter._patch_lang
+
+    def _patch_once(fn):
+        """Redirect triton.language to the interpreter once per function and for good, not at every call of a helper."""
+        if id(fn.__globals__) not in _patched:
+            _patched.add(id(fn.__globals__))
+            _patch_lang(fn)
+        return interpreter._LangPatchScope()
+
+    _np_dtypes: dict[str, np.dtype] = {}
+    _get_np_dtype = interpreter._get_np_dtype
+
+    def _np_dtype(kind):
+        """The interpreter's own answer, which it looks up in a table that it builds anew each time."""
+        if kind.name not in _np_dtypes:
+            _np_dtypes[kind.name] = _get_np_dtype(kind)
+        return _np_dtypes[kind.name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = _patch_once, _np_dtype
+
+    _ranges: list[tuple[int, int]] = []
+    _names: list[str] = []
+    _call = interpreter.GridExecutor.__call__
+
+    def _range(tensor: torch.Tensor) -> tuple[int, int]:
+        if tensor.numel() == 0:
+            return tensor.data_ptr(), tensor.data_ptr()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+    def _recorded_call(executor, *arguments, **options):
+        _names.append(executor.fn.__name__)
+        _ranges[:] = [_range(a) for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor)]
+        return _call(executor, *arguments, **options)
+
+    def _check(kind: str, ptrs, mask) -> None:
+        where = ptrs.data if mask is None else ptrs.data[mask.data.astype(bool)]
+        if where.size == 0:
+            return
+        where, size = where.astype(np.int64), ptrs.get_element_ty().primitive_bitwidth // 8
+        low, high = where.min(), where.max() + size
+        if any(start <= low and high <= end for start, end in _ranges):
+            return
+        inside = np.zeros(where.shape, bool)
+        for start, end in _ranges:
+            inside |= (where >= start) & (where + size <= end)
+        if not inside.all():
+            raise IndexError(f"{kind} in {_names[-1]}: {(~inside).sum()} of {where.size} lanes outside of every tensor")
+
+    _builder = interpreter.InterpreterBuilder
+    _load, _store, _dot = _builder.create_masked_load, _builder.create_masked_store, _builder.create_dot
+
+    def _checked_load(builder, ptrs, mask, *rest):
+        _check("load", ptrs, mask)
+        return _load(builder, ptrs, mask, *rest)
+
+    def _checked_store(builder, ptrs, value, mask, *rest):
+        _check("store", ptrs, mask)
+        return _store(builder, ptrs, value, mask, *rest)
+
+    def _checked_dot(builder, a, b, *rest):
+        assert tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar), "the interpreter multiplies the bits of bfloat16"
+        return _dot(builder, a, b, *rest)
+
+    interpreter.GridExecutor.__call__ = _recorded_call
+    _builder.create_masked_load, _builder.create_masked_store = _checked_load, _checked_store
+    _builder.create_dot = _checked_dot
+
+
+@pytest.fixture
+def launches() -> list[str]:
+    """Names of the kernels launched since the test began, in order; clear it to count from a later point."""
+    _names.clear()
+    return _names

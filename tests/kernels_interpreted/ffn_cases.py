@@ -1,0 +1,191 @@
+"""Inputs of the expert FFN, the formula in plain torch at any type, and the criterion that a result must meet.
+
+`plain` is written with a loop over rows' experts and autograd, independently of moe_triton.reference. In float64 it is the
+exact value; at the tested type it is what plain torch makes of it, and a kernel may err twice as much.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from moe_triton import ffn
+from torch import Tensor
+from torch.nn.functional import gelu, relu, silu
+
+ACTIVATIONS = {
+    "swiglu": lambda gate, up: silu(gate) * up,
+    "geglu": lambda gate, up: gelu(gate) * up,
+    "relu2": lambda _, up: relu(up) ** 2,
+    "gelu": lambda _, up: gelu(up),
+    "silu": lambda _, up: silu(up),
+}
+GATED = ("swiglu", "geglu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the suite."""
+
+    T: int = 33
+    D: int = 97
+    F: int = 47
+    E: int = 7
+    K: int = 2
+    routing: str = "uniform"
+    dtype: torch.dtype = torch.float32
+    activation: str = "swiglu"
+    biased: bool = False
+    weight_on: str = "output"
+    recompute: str = "activation"
+    gradient: str = "dense"
+    """What the incoming gradient is: dense, expanded (stride 0), strided or sliced out of a larger tensor."""
+
+    def __str__(self) -> str:
+        return "-".join(str(value).removeprefix("torch.") for value in vars(self).values())
+
+
+Rows = tuple[Tensor, Tensor, Tensor]
+
+
+def rows_of(case: Case) -> Rows:
+    """(token_R, expert_R, token_offsets) of the case's routing; repeated experts where K > E."""
+    T, E, K = case.T, case.E, case.K
+    counts_T = torch.full((T,), K)
+    if case.routing == "ragged":  # 0 to 2·K rows per token
+        counts_T = torch.randint(0, 2 * K + 1, (T,))
+    token_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts_T.cumsum(0)])
+    token_R = torch.arange(T).repeat_interleave(counts_T)
+    weight_E = torch.ones(E)
+    if case.routing == "zipf":
+        weight_E = 1 / torch.arange(1, E + 1)
+    if case.routing == "ragged" or K > E:
+        expert_R = weight_E.multinomial(max(len(token_R), 1), replacement=True)[: len(token_R)]
+    else:
+        expert_R = torch.cat([torch.zeros(0, dtype=torch.int64), *(weight_E.multinomial(K) for _ in range(T))])
+    nowhere = {"empty_first": 0, "empty_middle": E // 2, "empty_last": E - 1}.get(case.routing)
+    if nowhere is not None:
+        expert_R[expert_R == nowhere] = E
+    if case.routing == "one":
+        expert_R.fill_(E // 2)
+    if case.routing == "ragged":
+        expert_R[::5] = E
+    return token_R, expert_R, token_offsets
+
+
+def inputs_of(case: Case, rows: Rows) -> dict[str, Tensor]:
+    """Differentiable inputs of unit scale in the case's type, so that outputs and gradients are of unit scale too."""
+    T, D, F, E = case.T, case.D, case.F, case.E
+    inputs = {
+        "x": torch.randn(T, D),
+        "w_gate": torch.randn(E, D, F) / D**0.5,
+        "w_up": torch.randn(E, D, F) / D**0.5,
+        "w_down": torch.randn(E, F, D) / F**0.5,
+        "b_gate": torch.randn(E, F),
+        "b_up": torch.randn(E, F),
+        "b_down": torch.randn(E, D),
+    }
+    if case.activation not in GATED:
+        del inputs["w_gate"], inputs["b_gate"]
+    if not case.biased:
+        inputs = {name: tensor for name, tensor in inputs.items() if not name.startswith("b_")}
+    inputs = {name: tensor.to(case.dtype) for name, tensor in inputs.items()}
+    weight_R = (torch.rand(len(rows[0])) + 0.2) * torch.randn(len(rows[0])).sign()
+    return {**inputs, "weight": torch.where(rows[1] < E, weight_R, 0.0)}
+
+
+def gradient_of(case: Case) -> Tensor:
+    """The gradient of y [T, D], in the layout that the case asks for."""
+    T, D = case.T, case.D
+    if case.gradient == "expanded":
+        return torch.randn(D).to(case.dtype).expand(T, D)
+    if case.gradient == "strided":
+        return torch.randn(D, T).to(case.dtype).t()
+    if case.gradient == "sliced":
+        return torch.randn(T, D + 3).to(case.dtype)[:, 1 : D + 1]
+    return torch.randn(T, D).to(case.dtype)
+
+
+def plain(case: Case, rows: Rows, inputs: dict[str, Tensor]) -> Tensor:
+    """The same formula in plain torch at x's own type, one expert at a time."""
+    token_R, expert_R, _ = rows
+    x = inputs["x"]
+    y = x * 0 + sum((tensor.sum() * 0).to(x.dtype) for tensor in inputs.values())  # every input takes part
+    for e in range(case.E):
+        which = (expert_R == e).nonzero().flatten()
+        token, scale = token_R[which], inputs["weight"][which].to(x.dtype)[:, None]
+        row = x.index_select(0, token)
+        if case.weight_on == "input":
+            row = row * scale
+
+        def product(rows: Tensor, name: str, e: int = e) -> Tensor:
+            out = rows @ inputs[f"w_{name}"][e]
+            return out + inputs[f"b_{name}"][e] if f"b_{name}" in inputs else out
+
+        gate = product(row, "gate") if "w_gate" in inputs else None
+        out = product(ACTIVATIONS[case.activation](gate, product(row, "up")), "down")
+        y = y.index_add(0, token, out if case.weight_on == "input" else out * scale)
+    return y
+
+
+def kernels(case: Case, rows: Rows, inputs: dict[str, Tensor]) -> Tensor:
+    """The operator under test."""
+    token_R, expert_R, token_offsets = rows
+    return ffn.expert_ffn(
+        inputs["x"],
+        inputs.get("w_gate"),
+        inputs["w_up"],
+        inputs["w_down"],
+        token_R,
+        expert_R,
+        inputs["weight"],
+        token_offsets,
+        num_experts=case.E,
+        activation=case.activation,
+        b_gate_EF=inputs.get("b_gate"),
+        b_up_EF=inputs.get("b_up"),
+        b_down_ED=inputs.get("b_down"),
+        weight_on=case.weight_on,  # pyright: ignore[reportArgumentType]
+        recompute=case.recompute,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def results(function, case: Case, rows: Rows, inputs: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    """y and the gradient of every input, in float64."""
+    inputs = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    y = function(case, rows, inputs)
+    gradients = torch.autograd.grad(y, list(inputs.values()), dy)
+    return {"y": y.detach().double(), **{k: g.double() for k, g in zip(inputs, gradients, strict=True)}}
+
+
+def rms(tensor: Tensor) -> float:
+    """Root mean square; 0 for an empty tensor."""
+    return tensor.square().mean().sqrt().item() if tensor.numel() else 0.0
+
+
+UNIT = {torch.float64: 2**-53, torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+def check(case: Case, function=kernels) -> dict[str, tuple[float, float]]:
+    """Assert the criterion for y and every gradient; gives {name: (error, tolerance)}, relative to the exact value's RMS.
+
+    The error is at most twice plain torch's plus a rounding unit, in the mean square and at its largest; tolerances
+    are at most a hundredth of the result, and what is zero everywhere must be exactly zero.
+    """
+    rows = rows_of(case)
+    inputs, dy = inputs_of(case, rows), gradient_of(case)
+    ours = results(function, case, rows, inputs, dy)
+    rough = results(plain, case, rows, inputs, dy)
+    exact = results(plain, case, rows, {k: t.double() for k, t in inputs.items()}, dy.double())
+    found = {}
+    for name, value in exact.items():
+        error, allowed, scale = ours[name] - value, rough[name] - value, rms(value)
+        if scale == 0:
+            assert not ours[name].any(), f"{name} must be exactly zero"
+            continue
+        floor = UNIT[case.dtype] * scale
+        tolerance = 2 * rms(allowed) + floor
+        found[name] = rms(error) / scale, tolerance / scale
+        assert rms(error) <= tolerance, f"{name}: error {rms(error):.3g}, tolerance {tolerance:.3g}, value {scale:.3g}"
+        largest, bound = error.abs().max().item(), 2 * allowed.abs().max().item() + 4 * floor
+        assert largest <= bound, f"{name}: largest error {largest:.3g}, allowed {bound:.3g}"
+        assert 100 * tolerance <= scale, f"{name}: tolerance {tolerance:.3g} of {scale:.3g} says little"
+    return found
