@@ -73,4 +73,4 @@ def _fill(parameter: Tensor, name: str, seed: int, std: float, residual_scale: f
 def _normal(shape: torch.Size, std: float, seed: int) -> Tensor:
     """Drawn on the CPU, so that a device never changes the start."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator) * std
+    return torch.randn(shape, generator=generator, device="cpu") * std

@@ -8,9 +8,13 @@ import torch
 
 from moe.attention import RotaryEmbedding, attention_mask, rotate
 from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, MoE, Rotary, Yarn
-from moe.init import initialise
+from moe.init import initialise, materialise
 from moe.model import IGNORE, Transformer, token_losses
+from moe.moe_layer import MoELayer
 from moe.random import normal, token_keys, uniform
+from moe.routers.expert_choice import Config as Choice
+from moe.routers.hash import Config as Hash
+from moe.routers.random import Config as Random
 from moe.routers.topk import Config as TopK
 from moe.routing import Tokens
 
@@ -134,6 +138,41 @@ def test_packed_documents_do_not_see_each_other():
     assert torch.allclose(packed[:, 5:], after[:, 5:], atol=1e-12)
 
 
+def test_hashes_of_several_ids_stop_at_document_borders():
+    hashed = replace(EXPERTS, router=Hash(ngram=3))
+    model, ids = float64(tiny(moe=hashed)), ids_of(1, 12)
+    document = torch.tensor([[0] * 5 + [1] * 7])
+    changed = ids.clone()
+    changed[:, :5] = (changed[:, :5] + 9) % 61
+    packed, after = (model(i, tokens=Tokens.of(i, document_BS=document)).logits_BSV for i in (ids, changed))
+    assert torch.allclose(packed[:, 5:], after[:, 5:], atol=1e-12)
+
+
+def test_two_layers_of_one_seed_differ():
+    first, again, second = (MoELayer(EXPERTS, 32, layer=layer) for layer in (0, 0, 1))
+    for a, b, c in zip(first.parameters(), again.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("router", [TopK(noise="gaussian", noise_scale=0.3, capacity_factor=0.9), Random(), Choice()])
+def test_the_model_compiles_as_one_graph(router, recompute):
+    """Forward and backward, traced by torch.compile without a break, give what eager gives."""
+    config, ids = tiny(moe=replace(EXPERTS, router=router)), ids_of()
+    results = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = Transformer(config, seed=2, recompute=recompute).train()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        out = run(ids, ids.roll(-1, 1))
+        out.objective.backward()
+        results.append((out.objective, [p.grad for p in model.parameters()]))
+    (plain, grads), (traced, traced_grads) = results
+    assert torch.allclose(plain, traced, rtol=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(grads, traced_grads, strict=True))
+
+
 def test_rotary_positions_are_relative():
     model = float64(tiny())
     ids = ids_of(1, 6)
@@ -191,10 +230,12 @@ def test_initial_values_from_the_meta_device():
     direct = Transformer(config, seed=3)
     with torch.device("meta"):
         later = Transformer(config, seed=3)
-    assert all(parameter.is_meta for parameter in later.parameters())
-    later.to_empty(device="cpu")
+    assert later.get_parameter("layers.0.moe.experts.w_up_EDF").is_meta
+    materialise(later, torch.device("cpu"))
     initialise(later, seed=3, std=0.2, residual_scale=0.5)
     for (name, a), b in zip(direct.named_parameters(), later.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    for (name, a), b in zip(direct.named_buffers(), later.buffers(), strict=True):
         assert torch.equal(a, b), name
 
 

@@ -29,14 +29,16 @@ _TABLE = """
 ops | targets | aligned | height | columns | N | K | group | warps | stages | slices | reason
 up | sm_90 sm_100 | yes | 128 | 128 | 128 | 64 | 8 | 8 | 3 | - | two 128×128 accumulators: 85 FLOPs per byte from L2, the most that fits without a spill
 up | sm_90 sm_100 | yes | 64 | 128 | 128 | 64 | 8 | 8 | 3 | - | two accumulators as wide as at 128 rows: the weights' bytes dominate, reuse x
-up | sm_80 | yes | 128 | 64 | 64 | 64 | 8 | 8 | 3 | - | two accumulators 128 wide spill 160 bytes on sm_80; 64 wide take 136 registers
+up | sm_80 | yes | 128 | 0 | 64 | 64 | 8 | 8 | 3 | - | two accumulators 128 wide spill 160 bytes on sm_80; 64 wide take 136 registers
 up | sm_80 | yes | 64 | 128 | 128 | 64 | 8 | 8 | 3 | - | half the rows leave room for 128 columns: 156 registers, 80 KB
 up | gfx942 | yes | 128 | 128 | 128 | 32 | 8 | 8 | 2 | - | 24 KB of the 64 KB LDS, so two blocks share a compute unit
-up | sm_80 sm_90 sm_100 | yes | 16 32 64 128 | 0 | 64 | 64 | 8 | 4 | 4 | - | few rows: bound by the weights' bytes, so many small blocks with loads in flight
+up | sm_90 sm_100 | yes | 128 | 0 | 64 | 64 | 8 | 8 | 3 | - | narrow experts
+up | sm_80 sm_90 sm_100 | yes | 16 32 64 | 0 | 64 | 64 | 8 | 4 | 4 | - | few rows: bound by the weights' bytes, so many small blocks with loads in flight
 up | gfx942 | yes | 16 32 64 128 | 0 | 64 | 64 | 8 | 4 | 2 | - | as above, within 64 KB
 down | sm_80 sm_90 sm_100 | yes | 64 128 | 256 | 256 | 64 | 8 | 8 | 3 | - | one accumulator, so twice the columns of up at the same registers
 down | gfx942 | yes | 64 128 | 256 | 256 | 32 | 8 | 8 | 2 | - | 256 columns at half the depth stay within 64 KB
-down | sm_80 sm_90 sm_100 | yes | 16 32 64 128 | 0 | 128 | 64 | 8 | 4 | 4 | - | few rows or columns: many small blocks with loads in flight
+down | sm_80 sm_90 sm_100 | yes | 128 | 0 | 128 | 64 | 8 | 8 | 3 | - | narrow models
+down | sm_80 sm_90 sm_100 | yes | 16 32 64 | 0 | 128 | 64 | 8 | 4 | 4 | - | few rows or columns: many small blocks with loads in flight
 down | gfx942 | yes | 16 32 64 128 | 0 | 64 | 64 | 8 | 4 | 2 | - | as above, within 64 KB
 hidden_bwd | sm_100 | yes | 128 | 256 | 256 | 64 | 8 | 8 | 3 | 4 | tensor memory holds the accumulator: 164 registers
 hidden_bwd | sm_80 sm_90 | yes | 128 | 128 | 128 | 64 | 8 | 8 | 3 | 4 | the epilogue also holds gate, up and their gradients: 256 columns spill on sm_90
@@ -62,7 +64,7 @@ w_up_bwd | sm_90 sm_100 | yes | 128 | 0 | 64 | 64 | 8 | 8 | 5 | - | narrow outpu
 w_up_bwd | gfx942 | yes | 128 | 0 | 64 | 32 | 8 | 8 | 2 | - | narrow outputs
 up down input_bwd | sm_80 sm_90 sm_100 gfx942 | no | 128 | 0 | 32 | 32 | 8 | 8 | 2 | - | loads of two bytes go through registers, an address each: wider tiles spill
 up down input_bwd | sm_80 sm_90 sm_100 gfx942 | no | 16 32 64 | 0 | 32 | 32 | 8 | 4 | 2 | - | as above
-hidden_bwd | sm_80 sm_90 sm_100 gfx942 | no | 128 | 0 | 32 | 32 | 8 | 8 | 2 | 1 | as above
+hidden_bwd | sm_80 sm_90 sm_100 gfx942 | no | 128 | 0 | 32 | 32 | 8 | 8 | 2 | 2 | as above
 hidden_bwd | sm_80 sm_90 sm_100 gfx942 | no | 16 32 64 | 0 | 32 | 32 | 8 | 4 | 2 | 1 | as above
 w_down_bwd w_up_bwd | sm_80 sm_90 sm_100 gfx942 | no | 128 | 0 | 64 | 32 | 8 | 8 | 2 | - | as above; no addresses of rows in the epilogue, so twice the columns
 """  # noqa: E501 (a table reads by its columns)
@@ -111,6 +113,9 @@ def tile_height(rows_per_expert: float, target: str) -> int:
 
     Past 32 rows never less than 64, the least that the matrix units of sm_90 and later take at full rate.
     """
+    height = (_forced.get() or {}).get("tile_height")
+    if height is not None:
+        return height["BLOCK_M"]
     if target == "interpret":
         return 16
     share = _power_of_two(math.ceil(rows_per_expert))
@@ -169,7 +174,10 @@ def bucket(op: str, rows_per_expert: float, D: int, F: int, dtype: Any, target: 
 
 @contextmanager
 def forced(op: str, config: dict[str, int]) -> Iterator[None]:
-    """Inside, pick gives `config` for an operator, whatever its sizes; BLOCK_M may be left out."""
+    """Inside, pick gives `config` for an operator, whatever its sizes; BLOCK_M may be left out.
+
+    The operator "tile_height" with {"BLOCK_M": height} fixes what the function of that name gives.
+    """
     token = _forced.set({**(_forced.get() or {}), op: dict(config)})
     try:
         yield

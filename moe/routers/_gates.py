@@ -16,10 +16,12 @@ def gate(score_TE: Tensor, expert_TK: Tensor, *, normalize: bool, scaling_factor
     return weight_TK * scaling_factor
 
 
-def refuse_constant_gate(top_k: int, normalize: bool, way_out: str = "normalize=false") -> None:
+def refuse_constant_gate(
+    top_k: int, normalize: bool, setting: str = "normalize=true", way_out: str = "normalize=false"
+) -> None:
     """Raise ConfigError for a normalised gate of one expert, whose gradient is exactly zero."""
     if top_k == 1 and normalize:
         raise ConfigError(
-            "normalised weights with top_k=1 are exactly 1, so the router gets no gradient from the loss: "
+            f"{setting} with top_k=1 makes every weight exactly 1, so the router gets no gradient from the loss: "
             f"use {way_out} or top_k=2"
         )

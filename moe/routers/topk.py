@@ -58,7 +58,8 @@ class Config(RouterConfig):
 
     def check(self, *, num_experts: int, top_k: int) -> None:
         """Refuse a router whose gradient is zero, and noise without size."""
-        refuse_constant_gate(top_k, self.gate == "selected" and self.estimator == "chosen", "gate='full'")
+        constant = self.gate == "selected" and self.estimator == "chosen"
+        refuse_constant_gate(top_k, constant, "gate 'selected'", "gate='full'")
         if (self.noise == "none") != (self.noise_scale == 0):
             raise ConfigError(
                 f"noise '{self.noise}' does not go with noise_scale={self.noise_scale}: "

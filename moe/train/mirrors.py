@@ -1,5 +1,6 @@
 """Copies of the metrics in Weights & Biases and TensorBoard. Our own files come first: a mirror that fails never stops a run."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ class Mirrors:
         if run.logging.wandb != "off":
             self._guard("wandb", lambda: self._open_wandb(run, out))
         if run.logging.tensorboard:
-            self._open_tensorboard(out)
+            self._guard("tensorboard", lambda: self._open_tensorboard(out))
 
     def _open_wandb(self, run: Run, out: Path) -> None:
         import wandb
@@ -42,6 +43,7 @@ class Mirrors:
         session = wandb.init(
             project="moe-lab",
             name=out.name,
+            id=hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16],  # a resumed run goes on in the same place
             dir=str(out),
             mode="online" if run.logging.wandb == "online" else "offline",
             config=dump(run),

@@ -61,7 +61,7 @@ def build_state(run: Run, ranks: Ranks, corpus: Corpus) -> State:
     model = Transformer(
         run.model, seed=run.seed, dtype=DTYPES[train.precision], recompute=train.activation_checkpointing
     ).to(ranks.device)
-    forward = torch.compile(model, fullgraph=False) if train.compile else model
+    forward = torch.compile(model, fullgraph=True) if train.compile else model
     return State(run, ranks, corpus, model, forward, build_optimizer(model, train.optimizer))
 
 

@@ -162,30 +162,32 @@ def rms(tensor: Tensor) -> float:
 
 
 UNIT = {torch.float64: 2**-53, torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+"""Relative rounding error of each type."""
+SAYS_SOMETHING = {torch.float64: 100, torch.float32: 100, torch.float16: 100, torch.bfloat16: 30}
+"""How far above its tolerance a result must lie; plain torch's own error in bfloat16 allows no more than 30."""
 
 
-def check(case: Case, function=kernels) -> dict[str, tuple[float, float]]:
-    """Assert the criterion for y and every gradient; gives {name: (error, tolerance)}, relative to the exact value's RMS.
+def check(case: Case, function=kernels) -> None:
+    """Assert the criterion for y and every gradient.
 
-    The error is at most twice plain torch's plus a rounding unit, in the mean square and at its largest; tolerances
-    are at most a hundredth of the result, and what is zero everywhere must be exactly zero.
+    The error is at most twice plain torch's plus a rounding unit, in the mean square and at its largest; the result must
+    lie far above that tolerance, and what is zero everywhere must be exactly zero.
     """
     rows = rows_of(case)
     inputs, dy = inputs_of(case, rows), gradient_of(case)
     ours = results(function, case, rows, inputs, dy)
     rough = results(plain, case, rows, inputs, dy)
     exact = results(plain, case, rows, {k: t.double() for k, t in inputs.items()}, dy.double())
-    found = {}
     for name, value in exact.items():
         error, allowed, scale = ours[name] - value, rough[name] - value, rms(value)
         if scale == 0:
             assert not ours[name].any(), f"{name} must be exactly zero"
             continue
-        floor = UNIT[case.dtype] * scale
-        tolerance = 2 * rms(allowed) + floor
-        found[name] = rms(error) / scale, tolerance / scale
+        # a mean over few elements scatters: one number can be right by luck in plain torch
+        unit = UNIT[case.dtype] * (1 + 3 / value.numel() ** 0.5)
+        tolerance = 2 * rms(allowed) + unit * scale
         assert rms(error) <= tolerance, f"{name}: error {rms(error):.3g}, tolerance {tolerance:.3g}, value {scale:.3g}"
-        largest, bound = error.abs().max().item(), 2 * allowed.abs().max().item() + 4 * floor
-        assert largest <= bound, f"{name}: largest error {largest:.3g}, allowed {bound:.3g}"
-        assert 100 * tolerance <= scale, f"{name}: tolerance {tolerance:.3g} of {scale:.3g} says little"
-    return found
+        most, largest = 2 * allowed.abs().max() + 4 * UNIT[case.dtype] * value.abs().max(), error.abs().max()
+        assert largest <= most, f"{name}: largest error {largest:.3g}, allowed {most:.3g}"
+        says = SAYS_SOMETHING[case.dtype] * tolerance <= scale
+        assert says, f"{name}: a tolerance of {tolerance:.3g} for a result of {scale:.3g} says little"

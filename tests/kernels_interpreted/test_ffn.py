@@ -1,0 +1,365 @@
+"""The expert FFN's kernels against float64 autograd of the plain formula (ffn_cases.py): y and every gradient.
+
+The default tier runs every value of every parameter at least once; the full tier runs a set in which every pair occurs.
+Then what values cannot show: repeatability, equivariance, what is kept for backward, launches, tracing, refusals.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from covering import covering, pairs_of
+from ffn_cases import Case, check, gradient_of, inputs_of, kernels, plain, results, rms, rows_of
+from moe_triton import ffn, reference
+from moe_triton.plan import routing_plan
+from moe_triton.tiles import Weights
+from torch import Tensor
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+CASES = {
+    "as it comes: odd D and F, prime E": Case(),
+    "K = 1, bfloat16, biases": Case(T=64, D=64, F=32, E=8, K=1, dtype=BF16, biased=True),
+    "Zipf, float16, gradient out of a larger tensor": Case(
+        T=129, D=40, F=24, E=2, K=2, routing="zipf", dtype=F16, gradient="sliced"
+    ),
+    "K = E, GeGLU, transposed gradient": Case(
+        T=7, D=128, F=128, E=7, K=7, activation="geglu", biased=True, gradient="strided"
+    ),
+    "one token, more experts than rows, weight on the input": Case(T=1, E=60, K=8, weight_on="input", dtype=F16),
+    "one of each": Case(T=1, D=16, F=16, E=1, K=1, gradient="expanded"),
+    "no tokens": Case(T=0),
+    "no rows for the first expert, GELU, x alone kept": Case(
+        K=3, routing="empty_first", activation="gelu", biased=True, recompute="hidden"
+    ),
+    "none for the middle one, ReLU², one gradient for all tokens": Case(
+        K=1, routing="empty_middle", activation="relu2", dtype=BF16, gradient="expanded"
+    ),
+    "none for the last one, SiLU, biases and weight on the input": Case(
+        T=20, E=8, routing="empty_last", activation="silu", weight_on="input", biased=True, gradient="strided"
+    ),
+    "all to one of 60 experts": Case(T=64, D=64, F=96, E=60, routing="one"),
+    "0 to 2K rows per token, some nowhere": Case(
+        D=48, F=70, E=5, routing="ragged", weight_on="input", biased=True, recompute="hidden", dtype=BF16
+    ),
+    "experts repeated within a token, many tiles of D": Case(
+        T=40, D=200, F=20, E=3, K=8, routing="ragged", activation="relu2", dtype=F16
+    ),
+    "128 experts": Case(T=16, D=24, F=47, E=128, K=3, routing="zipf"),
+}
+
+VALUES = {
+    "T": [0, 1, 7, 64, 129, 512],
+    "shape": [(64, 32), (97, 47), (128, 128), (256, 96), (600, 100)],
+    "E": [1, 2, 7, 8, 60, 64, 128],
+    "K": [1, 2, 3, 8, "E"],
+    "routing": ["uniform", "zipf", "one", "empty_first", "empty_middle", "empty_last", "ragged"],
+    "dtype": [torch.float32, F16, BF16],
+    "activation": ["swiglu", "geglu", "relu2", "gelu", "silu"],
+    "biased": [False, True],
+    "weight_on": ["output", "input"],
+    "recompute": ["activation", "hidden"],
+    "gradient": ["dense", "expanded", "strided", "sliced"],
+}
+
+
+def case_of(combination: dict) -> Case:
+    """The case of one combination of VALUES; K = E is 8 where there are more experts, so that rows stay few."""
+    D, F = combination["shape"]
+    K = min(combination["E"], 8) if combination["K"] == "E" else combination["K"]
+    rest = {name: value for name, value in combination.items() if name not in ("shape", "K")}
+    return Case(D=D, F=F, K=K, **rest)
+
+
+PAIRS = covering(VALUES)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_values_and_gradients(case):
+    check(case)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", [case_of(combination) for combination in PAIRS], ids=str)
+def test_values_and_gradients_of_every_pair(case):
+    check(case)
+
+
+def test_the_full_tier_meets_every_pair_of_values():
+    met = set().union(*(pairs_of(combination) for combination in PAIRS))
+    names = list(VALUES)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert all((a, x, b, y) in met for x in VALUES[a] for y in VALUES[b])
+    assert len(PAIRS) <= 150
+
+
+SMALL = Case(T=5, D=4, F=3, E=3, K=2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,
+        replace(SMALL, activation="geglu", biased=True, weight_on="input"),
+        replace(SMALL, activation="relu2", biased=True, recompute="hidden"),
+        replace(SMALL, activation="gelu", weight_on="input"),
+    ],
+    ids=str,
+)
+def test_gradcheck(case):
+    rows = rows_of(case)
+    inputs = {name: tensor.double().requires_grad_() for name, tensor in inputs_of(case, rows).items()}
+
+    def function(*tensors: Tensor) -> Tensor:
+        return kernels(case, rows, dict(zip(inputs, tensors, strict=True)))
+
+    # fast mode: two random directions instead of every element, each of which would be a launch
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=20, D=13, F=7, E=5, K=3, activation=activation, biased=True, weight_on=weight_on)
+        for activation, weight_on in [("swiglu", "output"), ("geglu", "input"), ("relu2", "output"), ("gelu", "input")]
+    ],
+    ids=str,
+)
+def test_the_reference_is_the_plain_formula(case):
+    rows = rows_of(case)
+    token_R, expert_R, _ = rows
+    inputs = {name: tensor.double() for name, tensor in inputs_of(case, rows).items()}
+    token_P, row_P, _, offsets_E1, _ = reference.routing_plan(token_R, expert_R, num_experts=case.E, tile_rows=16)
+    y = reference.expert_ffn(
+        inputs["x"],
+        inputs.get("w_gate"),
+        inputs["w_up"],
+        inputs["w_down"],
+        token_P,
+        inputs["weight"][row_P],
+        offsets_E1,
+        weight_on=case.weight_on,
+        activation=case.activation,
+        b_gate_EF=inputs.get("b_gate"),
+        b_up_EF=inputs.get("b_up"),
+        b_down_ED=inputs.get("b_down"),
+    )
+    assert torch.allclose(y, plain(case, rows, inputs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.plain_memory
+def test_two_runs_are_bitwise_equal_and_so_is_a_second_backward():
+    case = Case(K=3, routing="ragged")
+    rows, dy = rows_of(case), gradient_of(case)
+    inputs = inputs_of(case, rows)
+    first, second = (results(kernels, case, rows, inputs, dy) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    y = kernels(case, rows, inputs)
+    once, again = (torch.autograd.grad(y, list(inputs.values()), dy, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_recomputing_the_hidden_rows_changes_no_bit():
+    case = Case(dtype=F16, biased=True)
+    rows, dy = rows_of(case), gradient_of(case)
+    inputs = inputs_of(case, rows)
+    kept = results(kernels, case, rows, inputs, dy)
+    recomputed = results(kernels, replace(case, recompute="hidden"), rows, inputs, dy)
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_relabelled_experts_permute_bitwise():
+    case = Case(K=3, biased=True)
+    rows, dy = rows_of(case), gradient_of(case)
+    inputs = inputs_of(case, rows)
+    order_E = torch.randperm(case.E)
+    relabelled = {k: t[order_E] if k[:2] in ("w_", "b_") else t for k, t in inputs.items()}
+    new_rows = rows[0], order_E.argsort()[rows[1]], rows[2]
+    old, new = results(kernels, case, rows, inputs, dy), results(kernels, case, new_rows, relabelled, dy)
+    for name, value in old.items():
+        assert torch.equal(new[name], value[order_E] if name[:2] in ("w_", "b_") else value), name
+
+
+def test_permuted_tokens_permute_bitwise_and_weights_agree():
+    case = Case(T=40, K=3)
+    (token_R, expert_R, token_offsets), dy = rows_of(case), gradient_of(case)
+    rows = token_R, expert_R, token_offsets
+    inputs = inputs_of(case, rows)
+    order_T = torch.randperm(case.T)
+    order_R = (order_T[:, None] * case.K + torch.arange(case.K)).flatten()
+    permuted = {**inputs, "x": inputs["x"][order_T], "weight": inputs["weight"][order_R]}
+    old = results(kernels, case, rows, inputs, dy)
+    new = results(kernels, case, (token_R, expert_R[order_R], token_offsets), permuted, dy[order_T])
+    assert torch.equal(new["y"], old["y"][order_T])
+    assert torch.equal(new["x"], old["x"][order_T])
+    assert torch.equal(new["weight"], old["weight"][order_R])
+    for name in ("w_gate", "w_up", "w_down"):
+        assert rms(new[name] - old[name]) <= 1e-6 * rms(old[name]), name
+
+
+@pytest.mark.parametrize("recompute", ["activation", "hidden"])
+@pytest.mark.parametrize("E", [4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["float32", "bfloat16"])
+def test_backward_keeps_x_and_the_preactivations_only(dtype, E, recompute):
+    case = Case(T=32, D=32, F=16, E=E, dtype=dtype, recompute=recompute)
+    T, D, F, K = case.T, case.D, case.F, case.K
+    rows = rows_of(case)
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(case, rows).items()}
+    plan = routing_plan(*rows, num_experts=E)
+    parameters = {t.untyped_storage().data_ptr() for name, t in inputs.items() if name.startswith("w_")}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and storage.nbytes():
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        weights = Weights(inputs["w_gate"], inputs["w_up"], inputs["w_down"])
+        ffn.planned_ffn(inputs["x"], weights, inputs["weight"], plan, recompute=recompute)
+    hidden = 2 * K * F if recompute == "activation" else 0
+    indices = sum(t.untyped_storage().nbytes() for t in plan[:-1])
+    assert sum(saved.values()) == (D + hidden) * T * dtype.itemsize + inputs["weight"].nbytes + indices
+    # row and token of each place, place of each row: 3 int32 per row; offsets of tokens; schedule and offsets of experts
+    assert indices == 12 * T * K + 8 * (T + 1) + 8 * len(plan.schedule) + 8 * (E + 1)
+
+
+PLAN_KERNELS = ["plan_count_kernel", "plan_scan_kernel", "plan_place_kernel", "plan_schedule_kernel"]
+FORWARD = ["up_fwd_kernel", "down_fwd_kernel", "combine_fwd_kernel"]
+BACKWARD = ["hidden_bwd_kernel", "w_down_bwd_kernel", "w_up_bwd_kernel", "input_bwd_kernel", "combine_fwd_kernel"]
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_three_launches_forward_and_five_and_a_reduction_backward(launches, weight_on):
+    case = Case(D=32, F=16, weight_on=weight_on)
+    rows = rows_of(case)
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(case, rows).items()}
+    launches.clear()
+    y = kernels(case, rows, inputs)
+    assert launches == PLAN_KERNELS + FORWARD
+    launches.clear()
+    y.sum().backward()
+    assert launches == [*BACKWARD, "row_weight_bwd_kernel"]
+
+
+def test_only_what_is_asked_for_is_computed(launches):
+    case = Case(T=12, D=32, F=16, E=3, biased=True)
+    rows, dy = rows_of(case), gradient_of(case)
+    inputs = inputs_of(case, rows)
+    full = results(kernels, case, rows, inputs, dy)
+    spared = {
+        "x": {"w_down_bwd_kernel", "w_up_bwd_kernel", "row_weight_bwd_kernel"},
+        "w_gate": {"w_down_bwd_kernel", "input_bwd_kernel", "combine_fwd_kernel", "row_weight_bwd_kernel"},
+        "w_down": {"w_up_bwd_kernel", "input_bwd_kernel", "combine_fwd_kernel", "row_weight_bwd_kernel"},
+        "weight": {"w_down_bwd_kernel", "w_up_bwd_kernel", "input_bwd_kernel", "combine_fwd_kernel"},
+    }
+    for name in inputs:
+        tensors = {**inputs, name: inputs[name].clone().requires_grad_()}
+        y = kernels(case, rows, tensors)
+        launches.clear()
+        (gradient,) = torch.autograd.grad(y, tensors[name], dy)
+        assert torch.equal(gradient.double(), full[name]), name
+        assert not spared.get(name, set()) & set(launches), name
+    with torch.no_grad():
+        y = kernels(case, rows, {name: tensor.requires_grad_() for name, tensor in inputs.items()})
+    assert torch.equal(y.double(), full["y"])
+    assert not y.requires_grad
+
+
+def test_weight_gradients_in_float32_from_bfloat16_weights():
+    case = Case(T=64, D=32, F=16, E=2, dtype=BF16)
+    rows, dy = rows_of(case), gradient_of(case)
+    inputs = inputs_of(case, rows)
+    plan = routing_plan(*rows, num_experts=case.E)
+    exact = results(plain, case, rows, {k: t.double() for k, t in inputs.items()}, dy.double())
+    errors = []
+    for gradient_dtype in (BF16, torch.float32):
+        weights = [inputs[name].clone().requires_grad_() for name in ("w_gate", "w_up", "w_down")]
+        for weight in weights:
+            weight.grad_dtype = gradient_dtype
+        ffn.planned_ffn(
+            inputs["x"], Weights(*weights), inputs["weight"], plan, gradient_dtype=gradient_dtype
+        ).backward(dy)
+        assert weights[2].grad is not None and weights[2].grad.dtype == gradient_dtype
+        errors.append([rms(w.grad.double() - exact[n]) for w, n in zip(weights, exact, strict=False) if w.grad is not None])
+    rounded, unrounded = (torch.tensor(e) for e in errors)
+    assert (unrounded < rounded).all()
+
+
+def test_strided_inputs():
+    case = Case(T=12, D=16, F=8, E=3)
+    rows, dy = rows_of(case), gradient_of(case)
+    inputs = inputs_of(case, rows)
+    strided = {k: t.transpose(0, -1).contiguous().transpose(0, -1) for k, t in inputs.items()}
+    assert not strided["x"].is_contiguous()
+    usual, other = (results(kernels, case, rows, i, dy) for i in (inputs, strided))
+    assert all(torch.equal(usual[name], other[name]) for name in usual)
+
+
+def arguments_of(case: Case) -> tuple:
+    """The operator's own arguments, with gradients wanted."""
+    rows = rows_of(case)
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(case, rows).items()}
+    plan = routing_plan(*rows, num_experts=case.E)
+    names = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down", "weight")
+    tensors = (inputs["x"], *(inputs.get(name) for name in names), *plan)
+    return (*tensors, case.activation, case.weight_on == "input", case.recompute == "activation", case.dtype)
+
+
+@pytest.mark.parametrize("recompute", ["activation", "hidden"])
+def test_operator_contract(recompute):
+    case = Case(T=9, D=8, F=6, E=3, recompute=recompute, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.moe_triton.expert_ffn.default, arguments_of(case))
+
+
+def test_compiles_as_one_graph_without_recompiling_for_other_routings(launches):
+    graphs = 0
+
+    def count(graph, _):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    case = Case(T=12, D=16, F=8, E=3)
+    inputs = inputs_of(case, rows_of(case))
+    compiled = torch.compile(lambda rows: kernels(case, rows, inputs), fullgraph=True, backend=count)
+    for routing in ("uniform", "empty_middle", "one"):
+        rows = rows_of(replace(case, routing=routing))
+        assert torch.equal(compiled(rows), kernels(case, rows, inputs))
+    assert graphs == 1
+
+
+def test_shapes_follow_on_the_meta_device():
+    case = Case(T=12, D=16, F=8, E=3, biased=True)
+    rows = tuple(t.to("meta") for t in rows_of(case))
+    real = rows_of(case)
+    inputs = {k: t.to("meta").requires_grad_() for k, t in inputs_of(case, real).items()}
+    y = kernels(case, rows, inputs)  # pyright: ignore[reportArgumentType]
+    y.sum().backward()
+    assert y.shape == (12, 16)
+    assert all(t.grad is not None and t.grad.shape == t.shape for t in inputs.values())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"activation": "tanh"}, r"activation 'tanh' is unknown: use one of swiglu, geglu"),
+        ({"activation": "gelu"}, r"gelu takes no w_gate_EDF"),
+        ({"w_gate": None}, r"swiglu takes w_gate_EDF: it has a gate"),
+        ({"b_up": torch.zeros(3, 8)}, r"b_gate_EF and b_up_EF come together"),
+        ({"w_up": torch.zeros(3, 8, 16)}, r"w_up_EDF is \[3, 8, 16\] of torch.float32 but must be \[3, 16, 8\]"),
+        ({"w_down": torch.zeros(3, 8, 16, dtype=F16)}, r"w_down_EFD is .* torch.float16 but must be .* torch.float32"),
+        ({"x": torch.zeros(12, 15)}, r"x_TD has 15 columns but w_down_EFD gives 16"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    case = Case(T=12, D=16, F=8, E=3)
+    rows = rows_of(case)
+    inputs = inputs_of(case, rows)
+    case = replace(case, activation=change.pop("activation", "swiglu"))
+    with pytest.raises(ValueError, match=message):
+        kernels(case, rows, {**inputs, **change})
