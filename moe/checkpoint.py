@@ -1,14 +1,16 @@
 """Checkpoints through torch's distributed checkpoint: written aside, flushed, then published by one rename.
 
 A folder `step_00000100` is therefore always whole: whatever moment a process dies at, the newest published checkpoint is a
-complete one. It holds the model, the optimizer, router state, and `meta.json` with the step, the configuration and the
-size of every file.
+complete one. It holds the model, the optimizer, router state, and `meta.json` with the step, the configuration and size
+and checksum of every file.
 """
 
 import json
 import os
+import re
 import shutil
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,23 +44,53 @@ def checkpoint_root(out: Path) -> Path:
 
 def published(out: Path) -> list[Saved]:
     """The run's whole checkpoints, oldest first. Raises CheckpointError for one whose files have changed since."""
-    found = []
-    for path in sorted(checkpoint_root(out).glob("step_*")):
-        meta_path = path / "meta.json"
-        if not meta_path.is_file():
-            raise CheckpointError(
-                f"{path} has no meta.json, so it was not written by this program or was damaged: remove it"
-            )
-        meta = json.loads(meta_path.read_text(encoding="utf-8"))
-        for name, size in meta["files"].items():
-            actual = (path / name).stat().st_size if (path / name).is_file() else None
-            if actual != size:
-                raise CheckpointError(
-                    f"{path / name} should have {size} bytes and has {'none' if actual is None else actual}: "
-                    "remove that checkpoint's folder to resume from the one before"
-                )
-        found.append(Saved(path, meta["step"], meta))
-    return found
+    return [_read(path) for path in _folders(out)]
+
+
+def newest(out: Path) -> Saved | None:
+    """The run's newest checkpoint, every byte of it checked; None if there is none.
+
+    Raises CheckpointError if it is damaged.
+    """
+    folders = _folders(out)
+    if not folders:
+        return None
+    saved = _read(folders[-1])
+    for name, (_, checksum) in saved.meta["files"].items():
+        if _checksum(saved.path / name) != checksum:
+            raise _damaged(saved.path / name, "has other content than was written")
+    return saved
+
+
+def _folders(out: Path) -> list[Path]:
+    return sorted(path for path in checkpoint_root(out).glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+
+
+def _read(path: Path) -> Saved:
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        sizes = {name: int(size) for name, (size, _) in meta["files"].items()}
+        saved = Saved(path, int(meta["step"]), meta)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path / "meta.json", f"is missing or cannot be read ({type(error).__name__})") from error
+    for name, size in sizes.items():
+        actual = (path / name).stat().st_size if (path / name).is_file() else "none"
+        if actual != size:
+            raise _damaged(path / name, f"should have {size} bytes and has {actual}")
+    return saved
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} {what}: remove that checkpoint's folder to resume from the one before")
+
+
+def _checksum(path: Path) -> str:
+    """CRC-32 of a file, eight hexadecimal digits."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
 
 
 def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: dict[str, Any], ranks: Ranks) -> Path:
@@ -80,7 +112,7 @@ def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: dic
         )
     ranks.wait_for_all()
     if ranks.first:
-        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        files = {path.name: (path.stat().st_size, _checksum(path)) for path in sorted(temporary.iterdir())}
         write_json(temporary / "meta.json", {"schema_version": SCHEMA_VERSION, "step": step, "files": files, **meta})
         for name in files:
             flush(temporary / name)
@@ -104,7 +136,7 @@ def prune(out: Path, keep_last: int, best_step: int | None) -> None:
     root = checkpoint_root(out)
     for leftover in root.glob(".writing-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    steps = {int(path.name.removeprefix("step_")): path for path in root.glob("step_*")}
+    steps = {int(path.name.removeprefix("step_")): path for path in _folders(out)}
     keep = set(sorted(steps)[-keep_last:]) | {best_step}
     for step, path in steps.items():
         if step not in keep:

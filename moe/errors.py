@@ -52,6 +52,9 @@ def run_main(command: Callable[[], object]) -> int:
         return fail(str(error), 2)
     except TrainingStopped as error:
         return fail(str(error), 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return fail(f"{where}{error.strerror or error}: make room, or choose a folder that can be written", 2)
     except KeyboardInterrupt:
         return 130
     return result if isinstance(result, int) else 0

@@ -1,5 +1,6 @@
 """What a run writes: append-only JSON lines, and the routing row of a layer."""
 
+import errno
 import json
 import math
 import os
@@ -31,7 +32,13 @@ class JsonLines:
     def write(self, **fields: Any) -> None:
         """Append one line. Non-finite numbers become null, so that every line is JSON."""
         row = {"schema_version": SCHEMA_VERSION, "attempt": self.attempt, **fields}
-        self.file.write((json.dumps(finite(row), allow_nan=False) + "\n").encode())
+        line = (json.dumps(finite(row), allow_nan=False) + "\n").encode()
+        before = self.file.tell()
+        written = self.file.write(line)
+        if written != len(line):
+            # the disk took only a part: leave whole lines behind, and say so
+            self.file.truncate(before)
+            raise OSError(errno.ENOSPC, "a log line could be written only in part", str(self.path))
 
     def close(self) -> None:
         """Write through to the disk and close."""

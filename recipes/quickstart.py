@@ -20,6 +20,7 @@ def run() -> Run:
     """Three layers of width 96, two of 8 experts per token, 1.6 MB of text."""
     return Run(
         name="quickstart",
+        seed=100,
         model=Model(
             vocab_size=257,
             dim=96,
@@ -40,7 +41,7 @@ def run() -> Run:
             steps=400,
             batch_rows=32,
             micro_rows=32,
-            optimizer=AdamW(lr=3e-3),
+            optimizer=AdamW(lr=6e-3),
             schedule=Cosine(warmup_steps=20),
         ),
         evaluation=Evaluation(every_steps=100, rows=256, final_rows=4224),

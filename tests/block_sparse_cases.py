@@ -6,8 +6,9 @@ The dense matrices are built here from the mask alone, so that a mistake in the 
 from collections.abc import Callable
 
 import torch
-from moe_triton.block_sparse import Topology, dds, dsd, from_mask, sdd
 from torch import Tensor
+
+from moe_triton.block_sparse import Topology, dds, dsd, from_mask, sdd
 
 # block, block rows, block columns, how far the matrix falls short of whole blocks, dense size: the reason
 PRODUCTS = {
@@ -18,7 +19,8 @@ PRODUCTS = {
     (128, 2, 2, (0, 37), 70): "several steps a block",
     (128, 1, 2, (60, 0), 1): "a dense vector",
 }
-FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3}
+FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5e-4}
+"""Relative to the result: plain torch may be exact by luck, so twice its error is not always fair."""
 
 
 def mask_of(block_rows: int, block_columns: int) -> Tensor:
@@ -99,8 +101,8 @@ def check_product(name: str, case: tuple, dtype: torch.dtype, backend: str) -> N
         results_and_gradients(function, [t.to(kind) for t in inputs], gradient.to(kind))
         for function, kind in ((dense, torch.float64), (dense, dtype), (ours, dtype))
     )
-    for what, reference, torch_error, result in zip(("out", "d left", "d right"), exact, errors(plain, exact), got):
-        check_close(f"{name} {what}", result, reference, torch_error, FLOOR[dtype])
+    for what, *tensors in zip(("out", "d left", "d right"), got, plain, exact, strict=True):
+        check_close(f"{name} {what}", *tensors)
     if name != "sdd":
         outside = values_of(torch.ones(shape), mask_RC, block) == 0
         assert (got[1][outside] == 0).all(), "entries outside the matrix get no gradient"
@@ -113,24 +115,29 @@ def results_and_gradients(function: Callable, inputs: list[Tensor], gradient: Te
     return [result.detach(), *torch.autograd.grad(result, inputs, gradient)]
 
 
-def errors(results: list[Tensor], exact: list[Tensor]) -> list[float]:
-    """The largest error of each."""
-    return [(r.double() - e).abs().max().item() if e.numel() else 0.0 for r, e in zip(results, exact, strict=True)]
+def largest(error: Tensor) -> float:
+    return error.abs().max().item() if error.numel() else 0.0
 
 
-def check_close(what: str, result: Tensor, exact: Tensor, torch_error: float, floor: float) -> None:
-    """Twice plain torch's error plus a floor; and the exact result is at least 100 times that, or exactly zero."""
+def root_mean_square(error: Tensor) -> float:
+    return error.square().mean().sqrt().item() if error.numel() else 0.0
+
+
+def check_close(what: str, result: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """In both norms: error at most twice that of `plain`, the same formula in plain torch, plus a floor.
+
+    The exact result is at least 100 times that limit, or it is zero and the result exactly so.
+    """
     assert result.shape == exact.shape, what
-    if exact.numel() == 0:
-        return
     if not exact.any():
         assert not result.any(), f"{what} must be exactly zero"
         return
-    limit = 2 * torch_error + floor
-    error = (result.double() - exact).abs().max().item()
-    assert error <= limit, f"{what}: error {error:.2e} above {limit:.2e}"
-    rms = exact.square().mean().sqrt().item()
-    assert rms >= 100 * limit, f"{what}: {rms:.2e} is too small to say anything with {limit:.2e}"
+    for norm in (largest, root_mean_square):
+        scale = norm(exact)
+        limit = 2 * norm(plain.double() - exact) + FLOOR[result.dtype] * scale
+        error = norm(result.double() - exact)
+        assert error <= limit, f"{what}: {norm.__name__} error {error:.2e} above {limit:.2e}"
+        assert scale >= 100 * limit, f"{what}: {scale:.2e} is too small to say anything with {limit:.2e}"
 
 
 # widths, block, tokens, rows per token, where rows go: the reason
@@ -171,7 +178,8 @@ def ffn_inputs(widths: tuple[int, ...], T: int, D: int) -> list[Tensor]:
 
 def loop_ffn(x, w_gate, w_up, w_down, weight_P, token_P, offsets_E1, widths, weight_on):
     """The formula, one row at a time where the reference file takes an expert at a time."""
-    y = torch.zeros_like(x)
+    # without rows nothing else would depend on the inputs, and every gradient is zero
+    y = torch.zeros_like(x) + 0 * sum(t.sum() for t in (x, w_gate, w_up, w_down, weight_P))
     starts = [sum(widths[:e]) for e in range(len(widths) + 1)]
     for e in range(len(widths)):
         columns = slice(starts[e], starts[e + 1])
@@ -206,6 +214,6 @@ def check_ffn(case: tuple, dtype: torch.dtype, backend: str, weight_on: str) -> 
     plain = results_and_gradients(loop, inputs, gradient)
     got = results_and_gradients(ours, inputs, gradient)
     names = ("y", "dx", "dw_gate", "dw_up", "dw_down", "dweight")
-    for name, reference, torch_error, result in zip(names, exact, errors(plain, exact), got, strict=True):
-        assert result.dtype == (torch.float32 if name == "dweight" else dtype)
-        check_close(name, result, reference, torch_error, FLOOR[dtype])
+    for name, *tensors in zip(names, got, plain, exact, strict=True):
+        assert tensors[0].dtype == (torch.float32 if name == "dweight" else dtype)
+        check_close(name, *tensors)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lab import (
     Lab,
@@ -76,6 +77,13 @@ def _fields(cls: type, path: str, but: str = "") -> Iterator[str]:
         yield from _below(child, key)
 
 
+def frequencies_file(lab: Lab) -> str:
+    """How often each byte occurs, falling with its value."""
+    path = lab.folder / "frequencies.npy"
+    np.save(path, 1000 // np.arange(1, 258))
+    return str(path)
+
+
 def routed(lab: Lab, run: Run) -> Any:
     """Routing, losses, gradients and state of one expert layer, forward, backward and updated: in training, and once not."""
     assert run.model.moe is not None
@@ -89,7 +97,9 @@ def routed(lab: Lab, run: Run) -> Any:
         y, routing = layer(x, Tokens.of(ids, step=step))
         (y.square().mean() + auxiliary_loss(routing)).backward()
         layer.update(routing.statistics)
-        seen.append([routing.expert_R.tolist(), routing.weight_R.tolist(), auxiliary_loss(routing).item(), y.sum().item()])
+        seen.append(
+            [routing.expert_R.tolist(), routing.weight_R.tolist(), auxiliary_loss(routing).item(), y.sum().item()]
+        )
     grads = [p.grad.abs().sum().item() for p in layer.router.parameters() if p.grad is not None]
     return seen, grads, [buffer.tolist() for buffer in layer.router.buffers()]
 
@@ -236,9 +246,7 @@ NEW_ROUTERS: dict[str, Effect] = (
     | of_router("frozen_random")
     | of_router("gpt_oss", normalize=(True, False), **LOADED)
     | of_router("grin", jitter=(0.01, 0.5), **LOADED)
-    | of_router(
-        "gshard", normalize=(True, False), balance_weight=WEIGHT, balance_scope=SCOPE, capacity_factor=CAPACITY
-    )
+    | of_router("gshard", normalize=(True, False), balance_weight=WEIGHT, balance_scope=SCOPE, capacity_factor=CAPACITY)
     | of_router("llama4", **LOADED)
     | of_router("longcat", num_null=(1, 4), budget=(0.5, 1.0), bias_rate=(0.0, 0.5), scaling_factor=(1.0, 2.5))
     | of_router(
@@ -267,9 +275,7 @@ NEW_ROUTERS: dict[str, Effect] = (
         momentum=(0.0, 0.9, ("model.moe.router.bias_rate=0.5",)),
         capacity_factor=CAPACITY,
     )
-    | of_router(
-        "st_moe", normalize=(True, False), **LOADED, capacity_factor=CAPACITY, eval_capacity_factor=(0.0, 0.5)
-    )
+    | of_router("st_moe", normalize=(True, False), **LOADED, capacity_factor=CAPACITY, eval_capacity_factor=(0.0, 0.5))
     | of_router(
         "switch",
         score=("softmax", "sigmoid"),
@@ -281,7 +287,9 @@ NEW_ROUTERS: dict[str, Effect] = (
         **LOADED,
         capacity_factor=CAPACITY,
     )
-    | of_router("top_p", threshold=(0.2, 0.9), entropy_weight=WEIGHT, **LIMIT, balance_weight=WEIGHT, balance_scope=SCOPE)
+    | of_router(
+        "top_p", threshold=(0.2, 0.9), entropy_weight=WEIGHT, **LIMIT, balance_weight=WEIGHT, balance_scope=SCOPE
+    )
 )
 
 EFFECTS: dict[str, Effect] = {
@@ -341,6 +349,7 @@ EFFECTS: dict[str, Effect] = {
     "model.moe.router[topk]": Effect(losses, "topk", "hash"),
     "model.moe.router[expert_choice].capacity_factor": Effect(losses, 1.0, 2.0, EXPERT_CHOICE),
     "model.moe.router[expert_choice].z_weight": Effect(losses, 0.0, 10.0, EXPERT_CHOICE),
+    "model.moe.router[hash].frequencies": Effect(routed, "", frequencies_file, ("model.moe.router=hash",)),
     "model.moe.router[hash].ngram": Effect(losses, 1, 2, ("model.moe.router=hash",)),
     "model.moe.router[loss_free].score": Effect(routed, "sigmoid", "sqrt_softplus", LOSS_FREE),
     "model.moe.router[loss_free].num_groups": Effect(routed, 1, 2, LOSS_FREE),

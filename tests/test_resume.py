@@ -10,12 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
 
 from moe.checkpoint import published
 from moe.config.load import dump, load
 from moe.errors import CheckpointError, ConfigError, TrainingStopped
+from moe.metrics import JsonLines
 from moe.train import resume, train
+from moe.train.record import lock
 
 HERE = Path(__file__).parent
 SETTINGS = dict(
@@ -166,11 +169,61 @@ def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path):
 
 
 def test_a_checkpoint_with_a_missing_or_cut_file_is_named(tmp_path):
-    out = train(config("train.steps=6"), tmp_path / "run")
+    out = train(config("train.steps=6", "checkpoint.every_steps=0"), tmp_path / "run")
     data = next((out / "checkpoints").rglob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=f"{data.name} should have .* bytes"):
         resume(out, ["train.steps=7"])
+
+
+@pytest.mark.parametrize("name", ["meta.json", ".metadata", "__0_0.distcp"])
+def test_damage_at_equal_size_is_found(name, tmp_path):
+    out = train(config("train.steps=6", "checkpoint.every_steps=0"), tmp_path / "run")
+    (data,) = (out / "checkpoints").rglob(name)
+    content = bytearray(data.read_bytes())
+    content[0 if name == "meta.json" else len(content) // 2] ^= 0xFF
+    data.write_bytes(content)
+    with pytest.raises(CheckpointError, match="remove that checkpoint's folder"):
+        resume(out, ["train.steps=7"])
+
+
+def test_a_second_process_is_kept_out(tmp_path):
+    out = train(config("train.steps=6"), tmp_path / "run")
+    with lock(out), pytest.raises(CheckpointError, match="being trained by another process"):
+        resume(out, ["train.steps=7"])
+
+
+def test_changed_text_is_refused(tmp_path):
+    text = tiny_runs.write_corpus(tmp_path)
+    settings = [f'data.sources.0={{"name": "files", "paths": ["{text}"]}}', f"data.cache_dir={tmp_path / 'cache'}"]
+    run = load(RECIPE, [*overrides("train.steps=6", "evaluation.rows=2", "evaluation.final_rows=2"), *settings])
+    out = train(run, tmp_path / "run")
+    with text.open("a") as file:
+        file.write('{"text": "one more passage that was not there before"}\n')
+    with pytest.raises(CheckpointError, match="text of this run has changed"):
+        resume(out, ["train.steps=7"])
+
+
+def test_a_line_is_never_half_written(tmp_path):
+    log = JsonLines(tmp_path / "log.jsonl", 1)
+    log.write(step=1)
+
+    class Full:
+        """A disk that takes ten more bytes."""
+
+        def __getattr__(self, name):
+            return getattr(log_file, name)
+
+        def write(self, data):
+            return log_file.write(data[:10])
+
+    log_file, log.file = log.file, Full()
+    with pytest.raises(OSError, match="only in part"):
+        log.write(step=2)
+    log.file = log_file
+    log.write(step=3)
+    log.close()
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 3]
 
 
 def test_resume_refuses_another_model_and_a_missing_run(tmp_path):
@@ -188,7 +241,7 @@ def test_resume_refuses_another_model_and_a_missing_run(tmp_path):
 def test_resume_honours_changed_optimizer_settings(tmp_path):
     out = train(config("train.steps=6"), tmp_path / "run")
     model_state = flat(parameters(resume(out, ["train.steps=7", "train.optimizer.weight_decay=0.7"])))
-    assert {v for k, v in model_state.items() if k.endswith("weight_decay")} == {0.7, 0.0}
+    assert {v for k, v in model_state.items() if k.endswith(".weight_decay")} == {0.7, 0.0}
     assert load(out / "run.json").train.optimizer.weight_decay == 0.7
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.config.load import resolve_router
 from moe.config.schema import Balance, MoE
 from moe.errors import ConfigError
 from moe.moe_layer import MoELayer
@@ -39,6 +38,7 @@ from moe.routers import (
     top_p,
     topk,
 )
+from moe.routers import hash as hash_router
 from moe.routers._bias import BINS, histogram, upper_quantile
 from moe.routers._estimators import sparse_mixer
 from moe.routers._select import limit_groups, sinkhorn_plan
@@ -436,12 +436,40 @@ def test_a_frozen_router_is_a_function_of_seed_and_layer():
     assert weights[0].square().sum(1).mean().item() == pytest.approx(1, abs=0.3)
 
 
+def test_hash_with_frequencies_balances_a_skewed_corpus(tmp_path):
+    counts = 100_000 // np.arange(1, 1001)
+    np.save(tmp_path / "counts.npy", counts)
+    ids = torch.from_numpy(np.repeat(np.arange(1000), counts)).view(1, -1)
+    x = torch.zeros(ids.numel(), 4)
+    loads = []
+    for frequencies in ("", str(tmp_path / "counts.npy")):
+        config = hash_router.Config(frequencies=frequencies)
+        router = hash_router.Router(config, dim=4, num_experts=16, top_k=2, layer=0, seed=0)
+        assert not list(router.parameters())
+        loads.append(router(x, Tokens.of(ids)).statistics["counts_E"])
+        order = torch.randperm(16)
+        router.relabel(order)
+        assert torch.equal(router(x, Tokens.of(ids)).statistics["counts_E"], loads[-1][order])
+    assert max_vio(loads[0]) > 0.2
+    assert max_vio(loads[1]) < 0.1
+
+
+@pytest.mark.parametrize("content", [b"no array", np.array([[1.0]]), np.array([-1])])
+def test_a_wrong_file_of_frequencies_is_refused(content, tmp_path):
+    path = tmp_path / "counts.npy"
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with pytest.raises(ConfigError, match=r"counts\.npy"):
+        hash_router.Router(hash_router.Config(frequencies=str(path)), dim=4, num_experts=4, top_k=1, layer=0, seed=0)
+
+
 # ---------------------------------------------------------------------------------------------- gradient estimators
 
 
 def layers_of(router, **other) -> list[MoELayer]:
     """The same layer with each of two router configs, float64."""
-    configs = [MoE(num_experts=5, top_k=2, expert_hidden=6, router=r, backend="reference") for r in (router, *other.values())]
+    configs = [
+        MoE(num_experts=5, top_k=2, expert_hidden=6, router=r, backend="reference") for r in (router, *other.values())
+    ]
     return [MoELayer(config, 7, layer=0, init_std=0.5).double() for config in configs]
 
 
@@ -486,7 +514,9 @@ def dense_gradient(layer: MoELayer, x: Tensor, upstream: Tensor, name: str) -> T
         gates = torch.where(chosen, score / total, score / total.detach())
     w = layer.experts
     hidden = torch.nn.functional.silu(torch.einsum("td,edf->tef", x.flatten(0, 1), w.w_gate_EDF))
-    outputs = torch.einsum("tef,efd->ted", hidden * torch.einsum("td,edf->tef", x.flatten(0, 1), w.w_up_EDF), w.w_down_EFD)
+    outputs = torch.einsum(
+        "tef,efd->ted", hidden * torch.einsum("td,edf->tef", x.flatten(0, 1), w.w_up_EDF), w.w_down_EFD
+    )
     (gates * (outputs.detach() * upstream.flatten(0, 1).unsqueeze(1)).sum(2)).sum().backward()
     assert weight.grad is not None
     return weight.grad
@@ -506,9 +536,3 @@ def test_grin_samples_among_the_near_best():
     counts = router(z, tokens_of(6, 1000)).statistics["counts_E"] / 6000
     assert counts.tolist() == pytest.approx([1 / (1 + math.exp(-0.01)), 1 / (1 + math.exp(0.01)), 0, 0], abs=0.03)
     assert router.eval()(z, tokens_of(6, 1000)).statistics["counts_E"].tolist() == [6000, 0, 0, 0]
-
-
-def test_every_router_names_its_choices_and_its_source():
-    for name in ("noisy_topk", "base", "remoe", "grin", "longcat"):
-        doc = resolve_router(name).__doc__
-        assert all(f"{choice}:" in doc for choice in ("Scoring", "Selection", "Gate", "Balancing"))

@@ -28,7 +28,13 @@ def config_for(name: str, num_experts: int, top_k: int, **changes: object) -> Ro
     candidates = [base]
     for field in fields(base):
         hint = typing.get_type_hints(type(base), include_extras=True)[field.name]
-        options = (True, False) if hint is bool else typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+        options = (
+            (True, False)
+            if hint is bool
+            else typing.get_args(hint)
+            if typing.get_origin(hint) is typing.Literal
+            else ()
+        )
         candidates += [replace(base, **{field.name: option}) for option in options]
     for candidate in candidates:
         try:

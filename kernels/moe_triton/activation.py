@@ -49,10 +49,10 @@ def _function(x, ACTIVATION: tl.constexpr):
 def activate(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     """The hidden value of a tile: f(gate) · up, or f(up)."""
     if GATED:
-        value, _ = _function(gate, ACTIVATION)
+        value, _ = _function(gate, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues]
         return value * up
     else:
-        value, _ = _function(up, ACTIVATION)
+        value, _ = _function(up, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues]
         return value
 
 
@@ -60,9 +60,9 @@ def activate(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
 def activate_bwd(gate, up, dhidden, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     """(hidden, dgate, dup): d(f(g)·u) = f'(g)·u dg + f(g) du; without a gate dup = f'(up)·dhidden and dgate is unused."""
     if GATED:
-        value, slope = _function(gate, ACTIVATION)
+        value, slope = _function(gate, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues]
         return value * up, dhidden * up * slope, dhidden * value
     else:
-        value, slope = _function(up, ACTIVATION)
+        value, slope = _function(up, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues]
         dup = dhidden * slope
         return value, dup, dup

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton.plan import RoutingPlan
-from moe_triton.runtime import INTERPRETING, cdiv, launch
-from moe_triton.tiles import Weights, multiply_add, numerics, rows_of_tile, swizzle, within
+from moe_triton.runtime import cdiv, launch
+from moe_triton.tiles import Weights, config, multiply_add, numerics, rows_of_tile, swizzle, within
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def down_fwd_kernel(
     GROUP: tl.constexpr,
 ):
     """out = hidden·W_down (+ b_down) for one tile of rows of one expert and BLOCK_N columns."""
-    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(D, BLOCK_N), GROUP)
+    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(D, BLOCK_N), GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     expert, first, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
     if expert < 0:
         return
@@ -48,7 +48,9 @@ def down_fwd_kernel(
     out = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     for start in range(0, F, BLOCK_K):
         in_f = within(start + f, F, BLOCK_K)
-        hidden = tl.load(hidden_ptr + row[:, None] * F + (start + f)[None, :], mask=exists[:, None] & in_f[None, :], other=0)
+        hidden = tl.load(
+            hidden_ptr + row[:, None] * F + (start + f)[None, :], mask=exists[:, None] & in_f[None, :], other=0
+        )
         w_down = tl.load(w_down_ptr + at_w, mask=in_f[:, None] & in_d[None, :], other=0)
         out = multiply_add(hidden, w_down, out, UPCAST, PRECISION)
         at_w += BLOCK_K * D
@@ -57,22 +59,16 @@ def down_fwd_kernel(
     tl.store(out_ptr + first * D + row[:, None] * D + d[None, :], out, mask=exists[:, None] & in_d[None, :])
 
 
-def _config(rows: int) -> dict[str, int]:
-    if INTERPRETING:
-        return {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 4}
-    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-
-
 def down(hidden_PF: Tensor, weights: Weights, plan: RoutingPlan) -> Tensor:
     """out_PD [P, D]: each row's expert output, unweighted. Rows that go nowhere are not written."""
     P, F = hidden_PF.shape
     D = weights.w_down_EFD.shape[2]
     out_PD = hidden_PF.new_empty(P, D)
-    config = _config(plan.tile_rows)
+    options = config("down", plan, D=D, F=F, dtype=hidden_PF.dtype)
     tiles = plan.schedule.shape[0]
     launch(
         down_fwd_kernel,
-        (tiles * cdiv(D, config["BLOCK_N"]),),
+        (tiles * cdiv(D, options["BLOCK_N"]),),
         hidden_PF,
         weights.w_down_EFD,
         weights.b_down_ED,
@@ -84,6 +80,6 @@ def down(hidden_PF: Tensor, weights: Weights, plan: RoutingPlan) -> Tensor:
         F=F,
         BIASED=weights.b_down_ED is not None,
         **numerics(hidden_PF),
-        **config,
+        **options,
     )
     return out_PD

@@ -47,7 +47,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = Weights(w_gate_EDF, w_up_EDF, w_down_EFD, b_gate_EF, b_up_EF, b_down_ED)
     plan = RoutingPlan(token_P, row_P, reverse_R, offsets_E1, token_offsets, schedule, tile_rows)
-    gate_PF, up_PF, hidden_PF = up(x_TD, weights, weight_R, plan, activation=activation, weigh_input=weigh_input, keep=keep)
+    gate_PF, up_PF, hidden_PF = up(
+        x_TD, weights, weight_R, plan, activation=activation, weigh_input=weigh_input, keep=keep
+    )
     out_PD = down(hidden_PF, weights, plan)
     return combine(out_PD, None if weigh_input else weight_R, plan), gate_PF, up_PF
 
@@ -105,24 +107,33 @@ def _backward(
         dx_TD = combine(dx_PD, None, plan) if want_x else None
     if want_weight:
         dweight_R = row_weight_bwd(parts, weight_R, plan)
-    return [x_TD.new_empty(0) if gradient is None else gradient for gradient in (dx_TD, *gradients, dweight_R)]
+    return _in_order(x_TD, dx_TD, dweight_R, by_name=gradients)
 
 
-def _gradients_like(weights: Weights, dtype: torch.dtype, want_up: bool, want_down: bool) -> Weights:
-    """Unwritten gradients of the weights that one of the two kernels is asked for, None for the others."""
-    wanted = Weights(want_up, want_up, want_down, want_up, want_up, want_down)
-    return Weights(
-        *(torch.empty_like(w, dtype=dtype) if w is not None and want else None for w, want in zip(weights, wanted, strict=True))
-    )
+def _gradients_like(weights: Weights, dtype: torch.dtype, want_up: bool, want_down: bool) -> dict[str, Tensor]:
+    """Unwritten gradients, by name, of the weights that one of the two kernels is asked for."""
+    of_down = ("w_down_EFD", "b_down_ED")
+    return {
+        name: torch.empty_like(weight, dtype=dtype)
+        for name, weight in weights._asdict().items()
+        if weight is not None and (want_down if name in of_down else want_up)
+    }
+
+
+def _in_order(x_TD: Tensor, *gradients: Tensor | None, by_name: dict[str, Tensor]) -> list[Tensor]:
+    """Gradients of x, the six weights and the rows' weights; an operator cannot give None, so empty for what is absent."""
+    dx_TD, dweight_R = gradients
+    found = (dx_TD, *(by_name.get(name) for name in Weights._fields), dweight_R)
+    return [x_TD.new_empty(0) if gradient is None else gradient for gradient in found]
 
 
 @_backward.register_fake
 def _(dy_TD, x_TD, *rest):
     weights, weight_R = Weights(*rest[:6]), rest[6]
     gradient_dtype, want_x, want_up, want_down, want_weight = rest[-5:]
-    gradients = _gradients_like(weights, gradient_dtype, want_up, want_down)
-    found = (x_TD if want_x else None, *gradients, weight_R if want_weight else None)
-    return [x_TD.new_empty(0) if gradient is None else torch.empty_like(gradient) for gradient in found]
+    dx_TD = torch.empty_like(x_TD) if want_x else None
+    dweight_R = torch.empty_like(weight_R) if want_weight else None
+    return _in_order(x_TD, dx_TD, dweight_R, by_name=_gradients_like(weights, gradient_dtype, want_up, want_down))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -165,10 +176,13 @@ def _checked(x_TD: Tensor, weights: Weights, activation: str) -> None:
     if gated != (weights.w_gate_EDF is not None):
         raise ValueError(f"{activation} takes {'' if gated else 'no '}w_gate_EDF: it has {'a' if gated else 'no'} gate")
     if (weights.b_up_EF is not None and gated) != (weights.b_gate_EF is not None):
-        raise ValueError("b_gate_EF and b_up_EF come together for an activation with a gate, and b_up_EF alone without one")
-    (E, F, D), names = weights.w_down_EFD.shape, Weights._fields
-    shapes = Weights((E, D, F), (E, D, F), (E, F, D), (E, F), (E, F), (E, D))
-    for name, tensor, shape in zip(names, weights, shapes, strict=True):
+        raise ValueError(
+            "b_gate_EF and b_up_EF come together for an activation with a gate, and b_up_EF alone without one"
+        )
+    E, F, D = weights.w_down_EFD.shape
+    sizes = {"E": E, "D": D, "F": F}
+    for name, tensor in weights._asdict().items():
+        shape = tuple(sizes[letter] for letter in name.rsplit("_", 1)[1])
         if tensor is not None and (tensor.shape != shape or tensor.dtype != x_TD.dtype):
             raise ValueError(
                 f"{name} is {list(tensor.shape)} of {tensor.dtype} but must be {list(shape)} of {x_TD.dtype}: "
@@ -191,12 +205,11 @@ def planned_ffn(
 ) -> Tensor:
     """`expert_ffn` over a plan that was made before, by `routing_plan` or from offsets that are known already."""
     _checked(x_TD, weights, activation)
-    weights = Weights(*(w if w is None else w.contiguous() for w in weights))
     differentiable = (x_TD, weight_R, *(w for w in weights if w is not None))
     keep = recompute == "activation" and torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     return _forward(
         x_TD.contiguous(),
-        *weights,
+        *(None if weight is None else weight.contiguous() for weight in weights),
         weight_R.contiguous(),
         plan.token_P,
         plan.row_P,

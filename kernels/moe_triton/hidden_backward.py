@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_triton.activation import GATED_ACTIVATIONS, activate_bwd
 from moe_triton.plan import RoutingPlan
 from moe_triton.runtime import INTERPRETING, cdiv, launch
-from moe_triton.tiles import Weights, column_slices, multiply_add, numerics, rows_of_tile, swizzle, within
+from moe_triton.tiles import Weights, column_slices, config, multiply_add, numerics, rows_of_tile, swizzle, within
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def hidden_bwd_kernel(
     GROUP: tl.constexpr,
 ):
     """dgate, dup = s·f'·(dO·W_downᵀ), s·A and this column tile's part of ds, for one tile of rows of one expert."""
-    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(F, BLOCK_N), GROUP)
+    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(F, BLOCK_N), GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     expert, first, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
     if expert < 0:
         return
@@ -171,12 +171,6 @@ def row_weight_bwd_kernel(
     tl.store(dweight_ptr + row, total, mask=inside)
 
 
-def _config(rows: int) -> dict[str, int]:
-    if INTERPRETING:
-        return {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_K": 32, "SLICES": 4, "GROUP": 4}
-    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 64, "SLICES": 4, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-
-
 def hidden_bwd(
     dy_TD: Tensor,
     gate_PF: Tensor,
@@ -193,8 +187,8 @@ def hidden_bwd(
     With `weigh_input` nothing is weighted (the caller weighs dX and x instead) and `parts` is empty.
     """
     D, (P, F) = dy_TD.shape[1], up_PF.shape
-    config = _config(plan.tile_rows)
-    columns, tiles = cdiv(F, config["BLOCK_N"]), plan.schedule.shape[0]
+    options = config("hidden_bwd", plan, D=D, F=F, dtype=dy_TD.dtype)
+    columns, tiles = cdiv(F, options["BLOCK_N"]), plan.schedule.shape[0]
     dgate_PF, dup_PF, weighted_PF = torch.empty_like(gate_PF), torch.empty_like(up_PF), torch.empty_like(up_PF)
     parts = up_PF.new_empty(0 if weigh_input else columns, P, dtype=torch.promote_types(up_PF.dtype, torch.float32))
     launch(
@@ -223,13 +217,13 @@ def hidden_bwd(
         BIASED=weights.b_down_ED is not None and not weigh_input,
         WEIGH_INPUT=weigh_input,
         **numerics(dy_TD),
-        **config,
+        **options,
     )
     return dgate_PF, dup_PF, weighted_PF, parts
 
 
 def row_weight_bwd(parts: Tensor, weight_R: Tensor, plan: RoutingPlan) -> Tensor:
-    """The gradient of weight_R, of its type: the sum of the rows' parts [n, P] in the routing's order; exactly 0 for a row that goes nowhere."""
+    """The gradient of weight_R: each row's parts [n, P] summed, in the routing's order; exactly 0 where a row goes nowhere."""
     R = plan.reverse_R.shape[0]
     dweight_R = torch.empty_like(weight_R)
     block = 128 if INTERPRETING else 1024

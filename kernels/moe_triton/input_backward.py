@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton.plan import RoutingPlan
-from moe_triton.runtime import INTERPRETING, cdiv, launch
-from moe_triton.tiles import Weights, multiply_add, numerics, rows_of_tile, swizzle, within
+from moe_triton.runtime import cdiv, launch
+from moe_triton.tiles import Weights, config, multiply_add, numerics, rows_of_tile, swizzle, within
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def input_bwd_kernel(
     GROUP: tl.constexpr,
 ):
     """dx = dgate·W_gateᵀ + dup·W_upᵀ for one tile of rows of one expert and BLOCK_N columns of D."""
-    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(D, BLOCK_N), GROUP)
+    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(D, BLOCK_N), GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     expert, first, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
     if expert < 0:
         return
@@ -75,15 +75,11 @@ def input_bwd_kernel(
         token = tl.load(token_ptr + first + row, mask=exists, other=0).to(tl.int64)
         x = tl.load(x_ptr + token[:, None] * D + d[None, :], mask=in_tile, other=0).to(ACC)
         tl.store(parts_ptr + column.to(tl.int64) * num_rows + first + row, tl.sum(dx * x, axis=1), mask=exists)
-        weight = tl.load(weight_ptr + tl.load(row_ptr + first + row, mask=exists, other=0), mask=exists, other=0).to(ACC)
+        weight = tl.load(weight_ptr + tl.load(row_ptr + first + row, mask=exists, other=0), mask=exists, other=0).to(
+            ACC
+        )
         dx *= weight[:, None]
     tl.store(dx_ptr + first * D + row[:, None] * D + d[None, :], dx, mask=in_tile)
-
-
-def _config(rows: int) -> dict[str, int]:
-    if INTERPRETING:
-        return {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 4}
-    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
 def input_bwd(
@@ -98,8 +94,8 @@ def input_bwd(
 ) -> tuple[Tensor, Tensor]:
     """(dx_PD, parts): gradient of each gathered row; `parts` [tiles of D, P] sum to ds with `weigh_input`, else empty."""
     D, (P, F) = x_TD.shape[1], dup_PF.shape
-    config = _config(plan.tile_rows)
-    columns, tiles = cdiv(D, config["BLOCK_N"]), plan.schedule.shape[0]
+    options = config("input_bwd", plan, D=D, F=F, dtype=x_TD.dtype)
+    columns, tiles = cdiv(D, options["BLOCK_N"]), plan.schedule.shape[0]
     dx_PD = x_TD.new_empty(P, D)
     parts = x_TD.new_empty(columns if weigh_input else 0, P, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     launch(
@@ -124,6 +120,6 @@ def input_bwd(
         GATED=weights.w_gate_EDF is not None,
         WEIGH_INPUT=weigh_input,
         **numerics(x_TD),
-        **config,
+        **options,
     )
     return dx_PD, parts

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton.runtime import INTERPRETING, cdiv, launch, next_power_of_two
+from moe_triton.tuning import tile_height
 
 MAX_EXPERTS = 1 << 20
 """Sort keys are expert · block + row within the block, in 31 bits."""
@@ -164,13 +165,20 @@ def plan_schedule_kernel(
 
 
 def tile_rows(num_rows: int, num_experts: int) -> int:
-    """Rows of a tile, a power of two from 16 to 128: an expert's mean share of rows, since half a tile of each is waste.
+    """Rows of a tile, 16 to 128, by the mean share of an expert (tuning.tile_height).
 
-    Past 32 rows never less than 64, the least that the matrix units of sm_90 and later take.
+    Compared with powers of two, not computed from, so that a traced number of rows is guarded by those bounds only.
     """
-    share = next_power_of_two(cdiv(num_rows, max(num_experts, 1)))
-    most = 32 if INTERPRETING else 128  # so that small tests meet several tiles
-    return min(max(share, 16 if share <= 32 else 64), most)
+    for share in (16, 32, 64):
+        if num_rows <= share * num_experts:
+            return _height(share)
+    return _height(128)
+
+
+@torch.compiler.assume_constant_result
+def _height(share: int) -> int:
+    height = tile_height(share, "gpu")
+    return min(height, 32) if INTERPRETING else height  # so that small tests meet several tiles
 
 
 def max_tiles(num_rows: int, num_experts: int, rows: int) -> int:

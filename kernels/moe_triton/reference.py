@@ -4,6 +4,7 @@ Computed in float32 (float64 stays float64) with ordinary autograd, one expert a
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def expert_ffn(
     x, w_up, w_down, weight = (t.to(dtype) for t in (x_TD, w_up_EDF, w_down_EFD, weight_P))
     y_TD = torch.zeros_like(x)
     bounds = offsets_E1.tolist()  # host sync: the reference loops over experts
-    for expert, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for expert, (start, end) in enumerate(pairwise(bounds)):
         token = token_P[start:end]
         scale = weight[start:end].unsqueeze(1)
         rows = x.index_select(0, token)
@@ -83,6 +84,6 @@ def routing_plan(
     counts_E = torch.bincount(expert_R[inside], minlength=num_experts)
     offsets_E1 = torch.cat([counts_E.new_zeros(1), counts_E.cumsum(0)])
     bounds = offsets_E1.tolist()  # host sync: the reference loops over experts
-    spans = enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+    spans = enumerate(pairwise(bounds))
     tiles = [(expert, row) for expert, (start, end) in spans for row in range(start, end, tile_rows)]
     return token_R[row_P], row_P, reverse_R, offsets_E1, tiles

@@ -28,18 +28,18 @@ BYTES = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """One expert layer: T tokens, D wide, E experts of F hidden columns, K of them per token."""
+    """One expert layer: T tokens, D wide, E experts of F hidden columns, K of them per token (on average)."""
 
     T: int
     D: int
     F: int
     E: int
-    K: int
+    K: float
 
     @property
     def R(self) -> int:
         """Routed rows."""
-        return self.T * self.K
+        return round(self.T * self.K)
 
 
 # ------------------------------------------------------------------------------------------------------------ machines
@@ -146,7 +146,7 @@ w_up_bwd    bwd 4   2 0  4 4
     "scattermoe": _parts("""
 up          fwd 4   2 0  4 4
 down        fwd 2   0 2  2 2
-elementwise fwd 0   0 2 10 0
+elementwise fwd 0   2 2 10 0
 down_dgrad  bwd 2   0 2  2 2
 down_wgrad  bwd 2   0 2  2 4
 up_dgrad    bwd 4   0 2  4 4
@@ -200,7 +200,7 @@ def saved_bytes(shape: Shape, flow: str = "ours") -> int:
         "scattermoe": D + K * D + 4 * K * F,
         "grouped_mm": 2 * K * D + 4 * K * F,
     }
-    return BYTES * shape.T * elements[flow]
+    return round(BYTES * shape.T * elements[flow])
 
 
 # ------------------------------------------------------------------------------------------------------------- routing
@@ -208,7 +208,7 @@ def saved_bytes(shape: Shape, flow: str = "ours") -> int:
 
 def uniform_counts(shape: Shape) -> list[float]:
     """Rows per expert if every token draws K different experts at random: a binomial's quantiles, summing to R."""
-    p = shape.K / shape.E
+    p = min(shape.K / shape.E, 1.0)
     spread = NormalDist(0, math.sqrt(shape.T * p * (1 - p)) or 1e-9)
     return _scaled([max(shape.T * p + spread.inv_cdf((e + 0.5) / shape.E), 0.0) for e in range(shape.E)], shape)
 
@@ -320,7 +320,9 @@ def _predict(part: Part, shape: Shape, machine: Machine, counts: list[int]) -> K
     D, F, target = shape.D, shape.F, machine.chip.arch
     config = pick(part.name, rows_per_expert=shape.R / shape.E, D=D, F=F, dtype=_BFloat16(), target=target)
     tiling = _tiling(part, shape, config, counts)
-    busy = sum(tiling.lengths) / machine.multiprocessors / max(_makespan(tiling.lengths, machine.multiprocessors), 1e-30)
+    busy = (
+        sum(tiling.lengths) / machine.multiprocessors / max(_makespan(tiling.lengths, machine.multiprocessors), 1e-30)
+    )
     moved = floor_bytes + _read_again(part, shape, machine, config, tiling, counts)
     return Kernel(
         **common,
@@ -347,9 +349,9 @@ class _Tiling:
     row_tiles: list[int]
     """Per expert."""
     column_tiles: int
-    rows_bytes: list[float]
+    rows_bytes: Sequence[float]
     """Per expert, of the operand that is shared by tiles of one row."""
-    columns_bytes: list[float]
+    columns_bytes: Sequence[float]
     """Per expert, of the operand that is shared by tiles of one column."""
 
 
@@ -376,9 +378,7 @@ def _tiling(part: Part, shape: Shape, config: dict[str, int], counts: list[int])
         pairs = part.flops // 2
         rows_bytes = [float(BYTES * count * rows) for count in counts]
         columns_bytes = [float(BYTES * count * columns * pairs) for count in counts]
-    lengths = [
-        float(step) for tiles, step in zip(row_tiles, steps, strict=True) for _ in range(tiles * column_tiles)
-    ]
+    lengths = [float(step) for tiles, step in zip(row_tiles, steps, strict=True) for _ in range(tiles * column_tiles)]
     sharing = 1 if part.name == "input_bwd" else pairs
     loads = (M * pairs / sharing + N * pairs) * K * BYTES
     return _Tiling(
@@ -417,7 +417,8 @@ def _read_again(
             extra += rows * (_cdiv(tiling.column_tiles, width) - 1)
         if columns > room or row_tiles > group:
             extra += columns * (_cdiv(row_tiles, group) - 1)
-    if part.token and BYTES * shape.T * shape.D > room:
+    gathered = BYTES * shape.T * shape.D
+    if part.token and gathered > room:
         extra += BYTES * (sum(counts) - shape.T) * shape.D
     return max(extra, 0.0)
 

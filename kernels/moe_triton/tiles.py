@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton.runtime import dot_precision, must_upcast
+from moe_triton import tuning
+from moe_triton.plan import RoutingPlan
+from moe_triton.runtime import INTERPRETING, dot_precision, must_upcast, target
 
 
 class Weights(NamedTuple):
@@ -25,6 +27,18 @@ def numerics(x: Tensor) -> dict[str, Any]:
     """Compile-time values that follow from a product's type: accumulator, and how tl.dot takes its operands."""
     acc = tl.float64 if x.dtype == torch.float64 else tl.float32
     return {"ACC": acc, "UPCAST": must_upcast(x), "PRECISION": dot_precision(x)}
+
+
+def config(op: str, plan: RoutingPlan, *, D: int, F: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes and launch options of one of the six products, from the tuning table."""
+    if INTERPRETING:
+        rows, depth = (64, 16) if op.startswith("w_") else (plan.tile_rows, 32)
+        options = {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_K": depth, "GROUP": 4}
+    else:
+        share = plan.token_P.shape[0] / max(plan.offsets_E1.shape[0] - 1, 1)
+        sizes = {"rows_per_expert": share, "D": D, "F": F, "dtype": dtype}
+        options = tuning.pick(op, **sizes, target=target(), tile_rows=plan.tile_rows)
+    return {"SLICES": 4, **options} if op in ("up", "hidden_bwd") else options
 
 
 @triton.jit
@@ -81,5 +95,5 @@ def column_slices(tile, SLICES: tl.constexpr):
     elif SLICES == 2:
         return _halves(tile)
     else:
-        left, right = _halves(tile)
+        left, right = _halves(tile)  # pyright: ignore[reportGeneralTypeIssues]
         return _halves(left) + _halves(right)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moe_triton.activation import GATED_ACTIVATIONS, activate
 from moe_triton.plan import RoutingPlan
-from moe_triton.runtime import INTERPRETING, cdiv, launch
-from moe_triton.tiles import Weights, column_slices, multiply_add, numerics, rows_of_tile, swizzle, within
+from moe_triton.runtime import cdiv, launch
+from moe_triton.tiles import Weights, column_slices, config, multiply_add, numerics, rows_of_tile, swizzle, within
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def up_fwd_kernel(
     GROUP: tl.constexpr,
 ):
     """gate = x·W_gate, up = x·W_up, hidden = f(gate)·up, for one tile of rows of one expert and BLOCK_N hidden columns."""
-    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(F, BLOCK_N), GROUP)
+    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(F, BLOCK_N), GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     expert, first, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
     if expert < 0:
         return
@@ -72,7 +72,9 @@ def up_fwd_kernel(
         up = multiply_add(x, tl.load(up_w_ptr + at_w, mask=in_w, other=0), up, UPCAST, PRECISION)
         at_w += BLOCK_K * F
     if WEIGH_INPUT:  # (s·x)·W = s·(x·W), scaled before anything is rounded
-        weight = tl.load(weight_ptr + tl.load(row_ptr + first + row, mask=exists, other=0), mask=exists, other=0).to(ACC)
+        weight = tl.load(weight_ptr + tl.load(row_ptr + first + row, mask=exists, other=0), mask=exists, other=0).to(
+            ACC
+        )
         gate *= weight[:, None]
         up *= weight[:, None]
     if BIASED:
@@ -98,25 +100,26 @@ def up_fwd_kernel(
         tl.store(hidden_ptr + at, activate(gates[i], ups[i], ACTIVATION, GATED), mask=in_slice)
 
 
-def _config(rows: int) -> dict[str, int]:
-    if INTERPRETING:
-        return {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_K": 32, "SLICES": 4, "GROUP": 4}
-    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 64, "SLICES": 4, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-
-
 def up(
-    x_TD: Tensor, weights: Weights, weight_R: Tensor, plan: RoutingPlan, *, activation: str, weigh_input: bool, keep: bool
+    x_TD: Tensor,
+    weights: Weights,
+    weight_R: Tensor,
+    plan: RoutingPlan,
+    *,
+    activation: str,
+    weigh_input: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gate_PF, up_PF, hidden_PF) of the plan's rows; the first two are empty unless `keep`, gate also without a gate."""
     D, F, P = x_TD.shape[1], weights.w_up_EDF.shape[2], plan.token_P.shape[0]
     gated = activation in GATED_ACTIVATIONS
     gate_PF, up_PF = x_TD.new_empty(P if keep and gated else 0, F), x_TD.new_empty(P if keep else 0, F)
     hidden_PF = x_TD.new_empty(P, F)
-    config = _config(plan.tile_rows)
+    options = config("up", plan, D=D, F=F, dtype=x_TD.dtype)
     tiles = plan.schedule.shape[0]
     launch(
         up_fwd_kernel,
-        (tiles * cdiv(F, config["BLOCK_N"]),),
+        (tiles * cdiv(F, options["BLOCK_N"]),),
         x_TD,
         weights.w_gate_EDF,
         weights.w_up_EDF,
@@ -139,6 +142,6 @@ def up(
         WEIGH_INPUT=weigh_input,
         KEEP=keep,
         **numerics(x_TD),
-        **config,
+        **options,
     )
     return gate_PF, up_PF, hidden_PF

@@ -6,14 +6,13 @@ rows gets its zeros from the same store, so nothing is filled beforehand. Option
 float32 main gradient). Biases are summed by the programs of the first row of tiles, which see every row anyway.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_triton.plan import RoutingPlan
-from moe_triton.runtime import INTERPRETING, cdiv, launch
-from moe_triton.tiles import Weights, multiply_add, numerics, swizzle, within
+from moe_triton.runtime import cdiv, launch
+from moe_triton.tiles import config, multiply_add, numerics, swizzle, within
 
 
 @triton.jit
@@ -73,7 +72,9 @@ def w_down_bwd_kernel(
             if WEIGH_INPUT:
                 db += tl.sum(dy.to(ACC), axis=0)
             else:
-                weight = tl.load(weight_ptr + tl.load(row_ptr + first + start + row, mask=exists, other=0), mask=exists, other=0)
+                weight = tl.load(
+                    weight_ptr + tl.load(row_ptr + first + start + row, mask=exists, other=0), mask=exists, other=0
+                )
                 db += tl.sum(dy.to(ACC) * weight.to(ACC)[:, None], axis=0)
         weighted_ptr += BLOCK_K * F
     at = f[:, None] * D + d[None, :]
@@ -134,7 +135,9 @@ def w_up_bwd_kernel(
         token = tl.load(token_ptr + first + start + row, mask=exists, other=0).to(tl.int64)
         x = tl.load(x_ptr + (token * D)[None, :] + d[:, None], mask=exists[None, :] & in_d[:, None], other=0)
         if WEIGH_INPUT:
-            weight = tl.load(weight_ptr + tl.load(row_ptr + first + start + row, mask=exists, other=0), mask=exists, other=0)
+            weight = tl.load(
+                weight_ptr + tl.load(row_ptr + first + start + row, mask=exists, other=0), mask=exists, other=0
+            )
             x = (x.to(ACC) * weight.to(ACC)[None, :]).to(x.dtype)
         in_rows = exists[:, None] & in_f[None, :]
         dup = tl.load(dup_ptr + at_rows, mask=in_rows, other=0)
@@ -159,43 +162,37 @@ def w_up_bwd_kernel(
             _write(db_gate_ptr, expert * F + f, db_gate, in_f, ADD)
 
 
-def _config() -> dict[str, int]:
-    if INTERPRETING:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 4}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 4}
-
-
 def w_down_bwd(
     weighted_PF: Tensor,
     dy_TD: Tensor,
     weight_R: Tensor,
     plan: RoutingPlan,
-    gradients: Weights,
+    gradients: dict[str, Tensor],
     *,
     weigh_input: bool,
     add: bool = False,
 ) -> None:
-    """Write the gradients of W_down and its bias into `gradients`' tensors; `add` adds to what is there."""
-    E, F, D = gradients.w_down_EFD.shape
-    config = _config()
+    """Write the gradients of W_down and its bias into `gradients`' tensors, named as in Weights; `add` adds to what is there."""
+    E, F, D = gradients["w_down_EFD"].shape
+    options = config("w_down_bwd", plan, D=D, F=F, dtype=dy_TD.dtype)
     launch(
         w_down_bwd_kernel,
-        (E * cdiv(F, config["BLOCK_M"]) * cdiv(D, config["BLOCK_N"]),),
+        (E * cdiv(F, options["BLOCK_M"]) * cdiv(D, options["BLOCK_N"]),),
         weighted_PF,
         dy_TD,
         weight_R,
         plan.token_P,
         plan.row_P,
         plan.offsets_E1,
-        gradients.w_down_EFD,
-        gradients.b_down_ED,
+        gradients["w_down_EFD"],
+        gradients.get("b_down_ED"),
         D=D,
         F=F,
-        BIASED=gradients.b_down_ED is not None,
+        BIASED="b_down_ED" in gradients,
         WEIGH_INPUT=weigh_input,
         ADD=add,
         **numerics(dy_TD),
-        **config,
+        **options,
     )
 
 
@@ -205,17 +202,17 @@ def w_up_bwd(
     dup_PF: Tensor,
     weight_R: Tensor,
     plan: RoutingPlan,
-    gradients: Weights,
+    gradients: dict[str, Tensor],
     *,
     weigh_input: bool,
     add: bool = False,
 ) -> None:
-    """Write the gradients of W_gate, W_up and their biases into `gradients`' tensors; `add` adds to what is there."""
-    E, D, F = gradients.w_up_EDF.shape
-    config = _config()
+    """Write the gradients of W_gate, W_up and their biases into `gradients`' tensors, likewise."""
+    E, D, F = gradients["w_up_EDF"].shape
+    options = config("w_up_bwd", plan, D=D, F=F, dtype=x_TD.dtype)
     launch(
         w_up_bwd_kernel,
-        (E * cdiv(D, config["BLOCK_M"]) * cdiv(F, config["BLOCK_N"]),),
+        (E * cdiv(D, options["BLOCK_M"]) * cdiv(F, options["BLOCK_N"]),),
         x_TD,
         dgate_PF,
         dup_PF,
@@ -223,16 +220,16 @@ def w_up_bwd(
         plan.token_P,
         plan.row_P,
         plan.offsets_E1,
-        gradients.w_gate_EDF,
-        gradients.w_up_EDF,
-        gradients.b_gate_EF,
-        gradients.b_up_EF,
+        gradients.get("w_gate_EDF"),
+        gradients["w_up_EDF"],
+        gradients.get("b_gate_EF"),
+        gradients.get("b_up_EF"),
         D=D,
         F=F,
-        GATED=gradients.w_gate_EDF is not None,
-        BIASED=gradients.b_up_EF is not None,
+        GATED="w_gate_EDF" in gradients,
+        BIASED="b_up_EF" in gradients,
         WEIGH_INPUT=weigh_input,
         ADD=add,
         **numerics(x_TD),
-        **config,
+        **options,
     )

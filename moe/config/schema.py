@@ -289,7 +289,7 @@ class Data:
     """S, tokens in a row."""
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Share of the documents, chosen by hash, that only evaluation sees."""
-    cache_dir: str = "~/.cache/moe-lab"
+    cache_dir: Annotated[str, MinLen(1)] = "~/.cache/moe-lab"
     """Where prepared shards and trained tokenizers live, keyed by content."""
 
 
@@ -345,7 +345,7 @@ class Train:
 
     steps: PositiveInt
     """Optimizer steps."""
-    batch_rows: PositiveInt
+    batch_rows: Annotated[int, Gt(0), Le(2**31)]
     """Rows of sequence_length tokens in one step, over all ranks and micro-batches."""
     micro_rows: PositiveInt
     """Rows in one forward pass of one rank; batch_rows = micro_rows · ranks · accumulation."""
@@ -363,7 +363,7 @@ class Train:
     """Keep only block inputs and the routing decision; recompute the rest in backward."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes an accelerator if there is one."""
-    threads: NonNegativeInt = 0
+    threads: Annotated[int, Ge(0), Le(4096)] = 0
     """CPU threads of torch; 0 keeps torch's choice. Results are bitwise repeatable for one number of threads."""
     max_nonfinite_steps: PositiveInt = 10
     """Stop after this many steps in a row whose loss or gradient is not finite (each is skipped and counted)."""

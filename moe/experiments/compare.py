@@ -104,8 +104,10 @@ def state_of(planned: Planned) -> State:
             "same "
             "settings, or delete that directory."
         )
-    status = _summary(directory).get("status")
-    return status if status in ("finished", "stopped") else "resume"
+    summary = _summary(directory)
+    if summary.get("status") == "finished" and summary.get("step") != planned.run.train.steps:
+        return "resume"
+    return summary["status"] if summary.get("status") in ("finished", "stopped") else "resume"
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -302,6 +304,8 @@ def compare(
         "twin": _twin_record(arms["sparse"], arms["dense"]),
         "learning_rate": rate,
     }
+    for planned in [*plans_by_arm["sparse"], *plans_by_arm["dense"]]:
+        state_of(planned)  # what is refused is refused before the comparison's own record changes
     write_json(out / "compare.json", record)
     pairs = zip(plans_by_arm["sparse"], plans_by_arm["dense"], strict=True)
     train([planned for pair in pairs for planned in pair], jobs=jobs, command=train_command, say=say)

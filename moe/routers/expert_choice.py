@@ -3,6 +3,9 @@
 P = softmax(W x) over experts; in each batch row of S tokens expert e takes its C = ceil(capacity_factor·K·S/E) best tokens
 by P[:, e]; the gate is P. The load is balanced by construction. NOT CAUSAL: whether a token is taken depends on
 later tokens of its row, so a language model sees a little of the future in training, and generation routes otherwise.
+
+Scoring: linear softmax. Selection: each expert's best tokens. Gate: full probability. Balancing: by construction. Gradient
+estimator: the chosen experts.
 """
 
 import torch
@@ -68,6 +71,8 @@ class Router(BaseRouter):
         S = T // max(B, 1)
         C = min(capacity_of(self.config.capacity_factor, S, self.top_k, E), S)
         score_BSE = torch.where(tokens.valid_T.unsqueeze(1), share_TE.detach(), -1.0).view(B, S, E)
-        token_BCE = score_BSE.topk(C, dim=1).indices + torch.arange(0, T, max(S, 1), device=share_TE.device).view(B, 1, 1)
+        token_BCE = score_BSE.topk(C, dim=1).indices + torch.arange(0, T, max(S, 1), device=share_TE.device).view(
+            B, 1, 1
+        )
         key_R = (token_BCE * E + torch.arange(E, device=share_TE.device)).flatten().sort().values
         return Selection(key_R // E, key_R % E)

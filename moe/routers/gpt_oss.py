@@ -64,7 +64,5 @@ class Router(LinearRouter):
             num_experts=score_TE.shape[1],
             share_TE=score_TE,
             logits_TE=logits_TE,
-            losses=balance_and_z(
-                score_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer
-            ),
+            losses=balance_and_z(score_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer),
         )

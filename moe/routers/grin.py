@@ -64,9 +64,7 @@ class Router(LinearRouter):
             num_experts=logits_TE.shape[1],
             share_TE=share_TE,
             logits_TE=logits_TE,
-            losses=balance_and_z(
-                share_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer
-            ),
+            losses=balance_and_z(share_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer),
         )
 
     def _choose(self, p_TE: Tensor, tokens: Tokens, turn: int, forced_T: Tensor | None) -> tuple[Tensor, Tensor]:

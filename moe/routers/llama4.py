@@ -51,7 +51,5 @@ class Router(LinearRouter):
             share_TE=share_TE,
             logits_TE=logits_TE,
             weight_on="input",
-            losses=balance_and_z(
-                share_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer
-            ),
+            losses=balance_and_z(share_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer),
         )

@@ -36,7 +36,9 @@ class Config(RouterConfig):
     scaling_factor: PositiveFloat = 1.0
     """Multiplies every weight."""
 
-    source = "b += µ·(budget/E - n_e/(k·T)), the same with µ = rate·E/budget; µ is not published, the rate is DeepSeek-V3's"
+    source = (
+        "b += µ·(budget/E - n_e/(k·T)), the same with µ = rate·E/budget; µ is not published, the rate is DeepSeek-V3's"
+    )
 
     def rows_per_token(self, *, num_experts: int, top_k: int) -> float:
         """Budget times K, once the bias has settled."""

@@ -87,9 +87,7 @@ class Router(LinearRouter):
             capacity_factor=config.capacity_factor,
             share_TE=share_TE,
             logits_TE=logits_TE,
-            losses=balance_and_z(
-                share_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer
-            ),
+            losses=balance_and_z(share_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer),
         )
         every_TE = score_TE * config.scaling_factor
         return with_estimator(routing, config.estimator, every_TE, expert_TK, tokens, normalize=config.normalize)

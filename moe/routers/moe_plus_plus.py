@@ -37,7 +37,9 @@ class Config(RouterConfig):
     balance: Balance = Balance(weight=0.01, scope="sequence")
     """Heterogeneous load-balancing loss; not in scope `global`, whose counts are of the E experts alone."""
 
-    source = "0.01 and tau 0.75 on Σ η·f·P with f not divided by K: their coefficient times K/Z is ours, Z = E + others/tau"
+    source = (
+        "0.01 and tau 0.75 on Σ η·f·P with f not divided by K: their coefficient times K/Z is ours, Z = E + others/tau"
+    )
 
     def rows_per_token(self, *, num_experts: int, top_k: int) -> float:
         """K times the experts' share of the choices at balance, E/(E + others/tau)."""

@@ -2,6 +2,8 @@
 
 The draw is a function of (seed, step, layer, row, position), so it is the same in every layout. It balances the load and
 teaches the experts nothing in particular: a learned router that does no better is uninformative.
+
+Scoring: random. Selection: k best. Gate: 1/k. Balancing: by chance. Gradient estimator: none needed.
 """
 
 import torch
@@ -48,5 +50,11 @@ class Router(BaseRouter):
         share_TE = torch.full_like(score_TE, 1 / score_TE.shape[1])
         weight_TK = torch.full_like(expert_TK, 1 / self.top_k, dtype=torch.float32)
         return token_choice(
-            expert_TK, weight_TK, tokens, num_experts=len(self.label_E), share_TE=share_TE, logits_TE=score_TE, losses={}
+            expert_TK,
+            weight_TK,
+            tokens,
+            num_experts=len(self.label_E),
+            share_TE=share_TE,
+            logits_TE=score_TE,
+            losses={},
         )

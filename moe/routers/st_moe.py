@@ -67,7 +67,5 @@ class Router(LinearRouter):
             capacity_factor=config.capacity_factor if self.training else config.eval_capacity_factor,
             share_TE=score_TE,
             logits_TE=logits_TE,
-            losses=balance_and_z(
-                score_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer
-            ),
+            losses=balance_and_z(score_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer),
         )

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,8 +53,9 @@ def train(run: Run, out: Path | None = None, notices: Sequence[str] = ()) -> Pat
         console = _console(run, ranks, notices)
         state = _set_up(run, ranks, console)
         # the folder is claimed last, so that nothing is left behind when the settings or the data are refused
-        ranks.first_then_others(lambda: _claim(folder, run, ranks))
-        return Loop(state, folder, console, begin=0, overrides=[], meta={}).run()
+        held = ranks.first_then_others(lambda: _claim(folder, state))
+        with held:
+            return Loop(state, folder, console, begin=0, overrides=[], meta={}).run()
 
 
 def resume(out: Path, overrides: Sequence[str] = ()) -> Path:
@@ -69,23 +70,37 @@ def resume(out: Path, overrides: Sequence[str] = ()) -> Path:
     _refuse_changes(before, run, out)
     with _ranks(run) as ranks:
         _check(run, ranks)
-        found = checkpoint.published(out)
-        begin = found[-1].step if found else 0
-        meta = found[-1].meta if found else {}
+        found = checkpoint.newest(out)
+        begin = found.step if found else 0
+        meta = found.meta if found else {}
         if begin > run.train.steps:
             raise CheckpointError(
                 f"{out} is at step {begin}, past train.steps={run.train.steps}: set train.steps to more"
             )
         console = _console(run, ranks, notices)
         state = _set_up(run, ranks, console)
+        document = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        _refuse_other_text(document["meta"], state.corpus, out)
         if found:
-            checkpoint.load(found[-1], state.model, state.optimizer, ranks)
+            checkpoint.load(found, state.model, state.optimizer, ranks)
             _announce_layout(meta, ranks, console)
-        if ranks.first and overrides:
-            document = json.loads((out / "run.json").read_text(encoding="utf-8"))
-            write_json(out / "run.json", {**document, "run": dump(run)})
-        console.say(f"resuming {out} at step {begin} of {run.train.steps}")
-        return Loop(state, out, console, begin=begin, overrides=list(overrides), meta=meta).run()
+        with ranks.first_then_others(lambda: record.lock(out) if ranks.first else nullcontext()):
+            if ranks.first:
+                record.forget_end(out)
+                write_json(out / "run.json", {**document, "run": dump(run)})
+            where = f"at step {begin}" if found else "from the start, as it has no checkpoint,"
+            console.say(f"resuming {out} {where} of {run.train.steps}")
+            return Loop(state, out, console, begin=begin, overrides=list(overrides), meta=meta).run()
+
+
+def _refuse_other_text(meta: dict[str, Any], corpus: Corpus, out: Path) -> None:
+    """The text must be the one that the run began with."""
+    before = meta.get("data_fingerprint", corpus.fingerprint)
+    if before != corpus.fingerprint:
+        raise CheckpointError(
+            f"the text of this run has changed since it began (fingerprint {before}, now {corpus.fingerprint}): "
+            f"restore it, or start a new run with 'moe train {out / 'run.json'}'"
+        )
 
 
 def _refuse_changes(before: Run, run: Run, out: Path) -> None:
@@ -127,10 +142,14 @@ def _backend(run: Run) -> str:
     return resolve_backend(run.model.moe.backend) if run.model.moe is not None else "none"
 
 
-def _claim(folder: Path, run: Run, ranks: Ranks) -> None:
-    if ranks.first:
-        record.claim_folder(folder)
-        record.write_run(folder, run, ranks, _backend(run))
+def _claim(folder: Path, state: State) -> AbstractContextManager:
+    """Make the folder and hold it; rank 0 does, for all."""
+    if not state.ranks.first:
+        return nullcontext()
+    record.claim_folder(folder)
+    held = record.lock(folder)
+    record.write_run(folder, state.run, state.ranks, _backend(state.run), state.corpus.fingerprint)
+    return held
 
 
 def _console(run: Run, ranks: Ranks, notices: Sequence[str]) -> Console:
@@ -205,7 +224,9 @@ class StopRequest:
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.asked:
-                raise KeyboardInterrupt
+                # whatever is being written is published whole or not at all, so the process can go at once
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             self.asked = True
 
         try:

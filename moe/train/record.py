@@ -8,15 +8,21 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from moe.config.load import dump
 from moe.config.schema import Run
-from moe.errors import ConfigError
+from moe.errors import CheckpointError, ConfigError
 from moe.files import write_json, write_text
 from moe.metrics import SCHEMA_VERSION, JsonLines
 from moe.parallel import Ranks
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes in one folder are not noticed
+    fcntl = None
 
 _VERSIONED = ("moe-lab", "torch", "triton", "numpy", "datasets", "tokenizers")
 
@@ -28,19 +34,44 @@ def default_out(run: Run) -> Path:
 
 def require_free(out: Path) -> None:
     """Refuse a folder that holds anything. Raises ConfigError."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != ".lock" for path in out.iterdir())):
         raise ConfigError(
             f"out={str(out)!r} exists and is not empty: choose another folder, or continue that run with 'moe resume {out}'"
         )
 
 
 def claim_folder(out: Path) -> None:
-    """Make the run's folder, which must be free."""
+    """Make the run's folder, which must be free. Raises ConfigError where it is not, or cannot be made."""
     require_free(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"out={str(out)!r} cannot be made ({reason}): choose another folder") from error
 
 
-def write_run(out: Path, run: Run, ranks: Ranks, backend: str) -> None:
+def lock(out: Path) -> IO[bytes]:
+    """Hold the run's folder for this process until the file is closed or the process ends, however it ends.
+
+    Raises CheckpointError if another process trains there.
+    """
+    file = (out / ".lock").open("ab")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise CheckpointError(f"{out} is being trained by another process: wait for it, or stop it") from error
+    return file
+
+
+def forget_end(out: Path) -> None:
+    """Remove what describes the end of an earlier attempt, before the run goes on."""
+    for name in ("summary.json", "final_rows.npz"):
+        (out / name).unlink(missing_ok=True)
+
+
+def write_run(out: Path, run: Run, ranks: Ranks, backend: str, fingerprint: str) -> None:
     """Write run.json (enough to start the run again) and git.diff if the code differs from its commit."""
     commit, diff = _git_state()
     meta = {
@@ -49,15 +80,16 @@ def write_run(out: Path, run: Run, ranks: Ranks, backend: str) -> None:
         "threads": torch.get_num_threads(),
         "world_size": ranks.world_size,
         "backend": backend,
+        "data_fingerprint": fingerprint,
         "device": _device_name(ranks.device),
         "hostname": platform.node(),
         "command": sys.argv,
         "started": _now(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONED}},
     }
+    write_json(out / "run.json", {"schema_version": SCHEMA_VERSION, "run": dump(run), "meta": meta})
     if diff:
         write_text(out / "git.diff", diff)
-    write_json(out / "run.json", {"schema_version": SCHEMA_VERSION, "run": dump(run), "meta": meta})
 
 
 def begin_attempt(out: Path, from_step: int, ranks: Ranks, overrides: list[str]) -> int:

@@ -30,7 +30,6 @@ class RunLog:
         self.peak_flops = self._peak_flops()
         self.files: dict[str, JsonLines] = {}
         if ranks.first:
-            (out / "summary.json").unlink(missing_ok=True)  # it would describe an earlier attempt
             attempt = record.begin_attempt(out, begin, ranks, overrides)
             self.files = {name: JsonLines(out / f"{name}.jsonl", attempt) for name in ("metrics", "routing", "evals")}
             self.mirrors = Mirrors(run, out, console.say)

@@ -32,7 +32,8 @@ def _grow(values: Mapping[str, Sequence[Any]], missing: Mapping[Pair, None]) -> 
     chosen = {a: x, b: y}
     for name in values:
         if name not in chosen:
-            chosen[name] = max(values[name], key=lambda value: _gain({**chosen, name: value}, values, missing))  # noqa: B023
+            gains = [_gain({**chosen, name: value}, values, missing) for value in values[name]]
+            chosen[name] = values[name][gains.index(max(gains))]
     return {name: chosen[name] for name in values}
 
 

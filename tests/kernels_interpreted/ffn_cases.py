@@ -7,9 +7,10 @@ exact value; at the tested type it is what plain torch makes of it, and a kernel
 from dataclasses import dataclass
 
 import torch
-from moe_triton import ffn
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
+
+from moe_triton import ffn
 
 ACTIVATIONS = {
     "swiglu": lambda gate, up: silu(gate) * up,

@@ -18,8 +18,9 @@ from block_sparse_cases import (
     mask_of,
     routing_of,
 )
-from moe_triton.block_sparse import BlockSparseLinear, PackedExperts, dds, dsd, from_mask, sdd, variable_width_ffn
 from torch import nn
+
+from moe_triton.block_sparse import BlockSparseLinear, PackedExperts, dds, dsd, from_mask, sdd, variable_width_ffn
 
 FAR = (0, 255, 256, 2048, 32767, 32768, 39999)
 """Block columns on both sides of where 16-bit indices, alone or times a block, overflow."""

@@ -10,10 +10,11 @@ import pytest
 import torch
 from covering import covering, pairs_of
 from ffn_cases import Case, check, gradient_of, inputs_of, kernels, plain, results, rms, rows_of
+from torch import Tensor
+
 from moe_triton import ffn, reference
 from moe_triton.plan import routing_plan
 from moe_triton.tiles import Weights
-from torch import Tensor
 
 BF16, F16 = torch.bfloat16, torch.float16
 
@@ -38,14 +39,14 @@ CASES = {
     "none for the last one, SiLU, biases and weight on the input": Case(
         T=20, E=8, routing="empty_last", activation="silu", weight_on="input", biased=True, gradient="strided"
     ),
-    "all to one of 60 experts": Case(T=64, D=64, F=96, E=60, routing="one"),
+    "all to one of 60 experts": Case(T=40, D=64, F=96, E=60, routing="one"),
     "0 to 2K rows per token, some nowhere": Case(
         D=48, F=70, E=5, routing="ragged", weight_on="input", biased=True, recompute="hidden", dtype=BF16
     ),
     "experts repeated within a token, many tiles of D": Case(
-        T=40, D=200, F=20, E=3, K=8, routing="ragged", activation="relu2", dtype=F16
+        T=20, D=200, F=20, E=3, K=8, routing="ragged", activation="relu2", dtype=F16
     ),
-    "128 experts": Case(T=16, D=24, F=47, E=128, K=3, routing="zipf"),
+    "128 experts": Case(T=8, D=24, F=47, E=128, K=3, routing="zipf"),
 }
 
 VALUES = {
@@ -95,16 +96,16 @@ def test_the_full_tier_meets_every_pair_of_values():
     assert len(PAIRS) <= 150
 
 
-SMALL = Case(T=5, D=4, F=3, E=3, K=2, dtype=torch.float64)
+SMALL = Case(T=4, D=4, F=3, E=2, K=2, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
     "case",
     [
         SMALL,
-        replace(SMALL, activation="geglu", biased=True, weight_on="input"),
-        replace(SMALL, activation="relu2", biased=True, recompute="hidden"),
-        replace(SMALL, activation="gelu", weight_on="input"),
+        pytest.param(replace(SMALL, activation="geglu", biased=True, weight_on="input"), marks=pytest.mark.full),
+        pytest.param(replace(SMALL, activation="relu2", biased=True, recompute="hidden"), marks=pytest.mark.full),
+        pytest.param(replace(SMALL, activation="gelu", weight_on="input"), marks=pytest.mark.full),
     ],
     ids=str,
 )
@@ -115,7 +116,7 @@ def test_gradcheck(case):
     def function(*tensors: Tensor) -> Tensor:
         return kernels(case, rows, dict(zip(inputs, tensors, strict=True)))
 
-    # fast mode: two random directions instead of every element, each of which would be a launch
+    # fast mode: a random direction instead of every element, each of which would take all the launches
     assert torch.autograd.gradcheck(function, tuple(inputs.values()), fast_mode=True)
 
 
@@ -151,7 +152,7 @@ def test_the_reference_is_the_plain_formula(case):
 
 @pytest.mark.plain_memory
 def test_two_runs_are_bitwise_equal_and_so_is_a_second_backward():
-    case = Case(K=3, routing="ragged")
+    case = Case(T=20, D=48, F=32, K=3, routing="ragged")
     rows, dy = rows_of(case), gradient_of(case)
     inputs = inputs_of(case, rows)
     first, second = (results(kernels, case, rows, inputs, dy) for _ in range(2))
@@ -163,7 +164,7 @@ def test_two_runs_are_bitwise_equal_and_so_is_a_second_backward():
 
 
 def test_recomputing_the_hidden_rows_changes_no_bit():
-    case = Case(dtype=F16, biased=True)
+    case = Case(T=20, D=48, F=32, dtype=F16, biased=True)
     rows, dy = rows_of(case), gradient_of(case)
     inputs = inputs_of(case, rows)
     kept = results(kernels, case, rows, inputs, dy)
@@ -172,7 +173,7 @@ def test_recomputing_the_hidden_rows_changes_no_bit():
 
 
 def test_relabelled_experts_permute_bitwise():
-    case = Case(K=3, biased=True)
+    case = Case(T=20, D=48, F=32, K=3, biased=True)
     rows, dy = rows_of(case), gradient_of(case)
     inputs = inputs_of(case, rows)
     order_E = torch.randperm(case.E)
@@ -184,7 +185,7 @@ def test_relabelled_experts_permute_bitwise():
 
 
 def test_permuted_tokens_permute_bitwise_and_weights_agree():
-    case = Case(T=40, K=3)
+    case = Case(T=24, D=48, F=32, K=3)
     (token_R, expert_R, token_offsets), dy = rows_of(case), gradient_of(case)
     rows = token_R, expert_R, token_offsets
     inputs = inputs_of(case, rows)
@@ -278,16 +279,17 @@ def test_weight_gradients_in_float32_from_bfloat16_weights():
     exact = results(plain, case, rows, {k: t.double() for k, t in inputs.items()}, dy.double())
     errors = []
     for gradient_dtype in (BF16, torch.float32):
-        weights = [inputs[name].clone().requires_grad_() for name in ("w_gate", "w_up", "w_down")]
-        for weight in weights:
+        weights = {name: inputs[name].clone().requires_grad_() for name in ("w_gate", "w_up", "w_down")}
+        for weight in weights.values():
             weight.grad_dtype = gradient_dtype
-        ffn.planned_ffn(
-            inputs["x"], Weights(*weights), inputs["weight"], plan, gradient_dtype=gradient_dtype
-        ).backward(dy)
-        assert weights[2].grad is not None and weights[2].grad.dtype == gradient_dtype
-        errors.append([rms(w.grad.double() - exact[n]) for w, n in zip(weights, exact, strict=False) if w.grad is not None])
-    rounded, unrounded = (torch.tensor(e) for e in errors)
-    assert (unrounded < rounded).all()
+        y = ffn.planned_ffn(
+            inputs["x"], Weights(*weights.values()), inputs["weight"], plan, gradient_dtype=gradient_dtype
+        )
+        gradients = torch.autograd.grad(y, list(weights.values()), dy)
+        assert all(gradient.dtype == gradient_dtype for gradient in gradients)
+        errors.append({name: rms(g.double() - exact[name]) for name, g in zip(weights, gradients, strict=True)})
+    rounded, unrounded = errors
+    assert all(unrounded[name] < rounded[name] for name in rounded)
 
 
 def test_strided_inputs():

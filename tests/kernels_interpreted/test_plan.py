@@ -1,10 +1,11 @@
-"""The device's routing plan against moe_triton.reference.routing_plan (torch's stable argsort), exactly, and against counting."""
+"""The device's routing plan against moe_triton.reference.routing_plan (torch's stable argsort) and counting, exactly."""
 
 import pytest
 import torch
+from torch import Tensor
+
 from moe_triton import reference
 from moe_triton.plan import max_tiles, plan_from_order, routing_plan, schedule_tiles, tile_rows
-from torch import Tensor
 
 
 def offsets_of(token_R: Tensor, T: int) -> Tensor:

@@ -24,6 +24,7 @@ from moe_triton.block_sparse.topology import (
     from_routing,
     from_widths,
 )
+from moe_triton.compile_case import CompileCase
 
 __all__ = [
     "BlockSparseLinear",
@@ -40,6 +41,6 @@ __all__ = [
 ]
 
 
-def compile_cases():
+def compile_cases() -> list[CompileCase]:
     """The compile gate's cases of every operator here."""
     return [*products.compile_cases(), *ffn.compile_cases()]

@@ -19,6 +19,7 @@ from torch import Tensor
 from moe_triton.block_sparse import torch_path
 from moe_triton.block_sparse.products import Backend, path, resolve_backend
 from moe_triton.block_sparse.topology import PackedExperts, Topology, from_routing
+from moe_triton.compile_case import CompileCase
 
 
 def variable_width_ffn(
@@ -255,9 +256,8 @@ def _gradients(ctx, dy_TD, _dgate, _dup):
 _forward.register_autograd(_gradients, setup_context=_saves)
 
 
-def compile_cases():
+def compile_cases() -> list[CompileCase]:
     """Forward and backward with equal and with odd widths, the weight on either side."""
-    from moe_triton.compile_case import CompileCase
 
     def case(block: int, widths: list[int], weight_on: Literal["output", "input"]):
         def run(dtype: torch.dtype, D: int, F: int) -> None:

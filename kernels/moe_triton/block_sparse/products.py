@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moe_triton.block_sparse import torch_path
-from moe_triton.block_sparse.topology import Topology
+from moe_triton.block_sparse.topology import PackedExperts, Topology, from_mask, from_widths
+from moe_triton.compile_case import CompileCase
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -193,10 +194,8 @@ def _dsd_backward(ctx, dout):
 _dsd.register_autograd(_dsd_backward, setup_context=_dsd_saves)
 
 
-def compile_cases():
+def compile_cases() -> list[CompileCase]:
     """Every product, forward and backward, at the widest and the narrowest block, whole and ragged."""
-    from moe_triton.block_sparse.topology import PackedExperts, from_mask, from_widths
-    from moe_triton.compile_case import CompileCase
 
     def products(topology: Topology, dtype: torch.dtype, D: int) -> None:
         M, N = topology.shape
