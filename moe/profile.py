@@ -74,7 +74,7 @@ def profile(
     seconds = [sum(kernel.seconds for kernel in kernels) for kernels in predictions]
     slowest = seconds.index(max(seconds))
     compiled = compiled_facts(shape, machine.chip.arch)
-    measured = measure(shape, rows.counts_LE[slowest], trace)
+    measured = measured_seconds(shape, rows.counts_LE[slowest], trace)
     record = _record(shape, machine, rows, predictions, slowest, compiled, measured)
     if out is not None:
         _plot(shape, machine, predictions[slowest], measured, rows, out)
@@ -156,7 +156,7 @@ def compiled_facts(shape: Shape, target: str) -> list[Json] | str:
     """What the compiler makes of each launch for a target; a sentence where this process cannot compile."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    from moe_triton import compile_only, ffn  # needs triton, which not every platform has
+    from moe_triton import compile_only, measure  # needs triton, which not every platform has
     from moe_triton.targets import nearest
 
     if compile_only.INTERPRETING:
@@ -164,11 +164,12 @@ def compiled_facts(shape: Shape, target: str) -> list[Json] | str:
     D, F = (size if size < 2 * SMALL else SMALL + size % SMALL for size in (shape.D, shape.F))
     rows = max(1, min(round(shape.R / shape.E), 128))
     with compile_only.compiling(nearest(target).name) as launches:
-        _step(*_arguments(Shape(2 * rows, D, F, 2, 1), [rows, rows], "cpu"), ffn.expert_ffn)
+        inputs = measure.arguments(Shape(2 * rows, D, F, 2, 1), [rows, rows], "cpu")
+        measure.step(inputs, inputs["x_TD"].detach())
     facts = {launch.kernel: compile_only.facts(launch, nearest(target).name) for launch in launches}
     return [
         {
-            "kernel": _short(fact.kernel),
+            "kernel": measure.short_name(fact.kernel),
             "target": fact.target,
             "registers": fact.registers,
             "spills": fact.spills,
@@ -181,88 +182,16 @@ def compiled_facts(shape: Shape, target: str) -> list[Json] | str:
     ]
 
 
-def _short(kernel: str) -> str:
-    """up_fwd_kernel -> up, hidden_bwd_kernel -> hidden_bwd: names as the tuning table and the roofline have them."""
-    return kernel.removesuffix("_kernel").removesuffix("_fwd")
-
-
 # ------------------------------------------------------------------------------------------------------------ measured
 
 
-def measure(
-    shape: Shape, counts: Sequence[float], trace: Path | None = None, steps: int = 10
-) -> dict[str, float] | None:
-    """Median seconds of every kernel on the GPU of this process, by name; None where there is none.
-
-    Uses random bfloat16 tensors with exactly these rows per expert, and torch's profiler; `trace` gets its Chrome trace.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
+def measured_seconds(shape: Shape, counts: Sequence[float], trace: Path | None) -> dict[str, float] | None:
+    """Median seconds of every kernel on this process's GPU; None without one, or without triton."""
+    if find_spec("triton") is None:
         return None
-    from torch.profiler import ProfilerActivity, record_function
-    from torch.profiler import profile as profiler
+    from moe_triton.measure import kernel_seconds  # needs triton, which not every platform has
 
-    from moe_triton.ffn import expert_ffn
-
-    arguments = _arguments(shape, counts, "cuda")
-    for _ in range(3):
-        _step(*arguments, expert_ffn)
-    torch.cuda.synchronize()  # host sync: the warm-up must not run into the measurement
-    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        for step in range(steps):
-            with record_function(f"expert layer, step {step}"):
-                _step(*arguments, expert_ffn)
-        torch.cuda.synchronize()  # host sync: as above
-    if trace is not None:
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        recorded.export_chrome_trace(str(trace))
-    times: dict[str, list[float]] = {}
-    for event in recorded.events() or []:
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.name.endswith("_kernel"):
-            times.setdefault(_short(event.name), []).append(event.device_time * 1e-6)
-    # combine runs twice in a step, forward and backward, in this order
-    if len(times.get("combine", ())) == 2 * steps:
-        times["combine_bwd"] = times["combine"][1::2]
-        times["combine"] = times["combine"][::2]
-    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
-
-
-def _arguments(shape: Shape, counts: Sequence[float], device: str) -> tuple[dict[str, Any], Any]:
-    """(arguments of expert_ffn, gradient of its output): random tensors, `counts` rows per expert, spread over the tokens."""
-    import torch
-
-    T, D, F, E = shape.T, shape.D, shape.F, shape.E
-    expert = torch.repeat_interleave(torch.arange(E), torch.tensor([round(count) for count in counts]))
-    R = expert.numel()
-    expert = expert[torch.randperm(R, generator=torch.Generator().manual_seed(0))]
-    token = torch.arange(R) * T // max(R, 1)
-    offsets = torch.searchsorted(token, torch.arange(T + 1))
-
-    def tensor(*size: int, scale: float = 1.0) -> Any:
-        values = torch.randn(*size, device=device, dtype=torch.bfloat16) * scale
-        return values.requires_grad_()
-
-    arguments = {
-        "x_TD": tensor(T, D),
-        "w_gate_EDF": tensor(E, D, F, scale=D**-0.5),
-        "w_up_EDF": tensor(E, D, F, scale=D**-0.5),
-        "w_down_EFD": tensor(E, F, D, scale=F**-0.5),
-        "token_R": token.to(device),
-        "expert_R": expert.to(device),
-        "weight_R": torch.rand(R, device=device).requires_grad_(),
-        "token_offsets": offsets.to(device),
-        "num_experts": E,
-    }
-    return arguments, torch.randn(T, D, device=device, dtype=torch.bfloat16)
-
-
-def _step(arguments: dict[str, Any], dy_TD: Any, expert_ffn: Any) -> None:
-    """One forward and backward; the gradients are dropped."""
-    expert_ffn(**arguments).backward(dy_TD)
-    for value in arguments.values():
-        if getattr(value, "requires_grad", False):
-            value.grad = None
+    return kernel_seconds(shape, counts, trace)
 
 
 # -------------------------------------------------------------------------------------------------------------- output

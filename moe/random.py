@@ -31,10 +31,12 @@ def token_keys(tokens: Tokens, *, seed: int, layer: int, purpose: str) -> Tensor
     return mix(mix(mix(tokens.step + _salt(seed, layer, purpose)) + tokens.row_T) + tokens.position_T)
 
 
-@torch.compiler.assume_constant_result
 def _salt(seed: int, layer: int, purpose: str) -> int:
-    """The hash of what does not change during a run; torch.compile takes it as a constant."""
-    return stable_seed(seed, layer, purpose)
+    """FNV-1a hash of the three in 63 bits; plain integer arithmetic, which torch.compile folds into a constant."""
+    value = 0xCBF29CE484222325
+    for part in (seed, layer, *(ord(letter) for letter in purpose)):
+        value = ((value ^ part) * 0x100000001B3) % 2**63
+    return value
 
 
 def uniform(key_T: Tensor, columns: int) -> Tensor:

@@ -51,7 +51,9 @@ def build_ours(shape: tuple[int, ...]) -> MoELayer:
     """Our layer: softmax, top-k, renormalised; the losses' weights are 0 as transformers' block computes none."""
     _, D, F, E, K = shape
     router = TopK(balance=Balance(weight=0.0), z_weight=0.0)
-    return MoELayer(MoE(num_experts=E, top_k=K, expert_hidden=F, router=router, backend="torch"), D, layer=0, init_std=0.05)
+    return MoELayer(
+        MoE(num_experts=E, top_k=K, expert_hidden=F, router=router, backend="torch"), D, layer=0, init_std=0.05
+    )
 
 
 def build_theirs(ours: MoELayer, shape: tuple[int, ...], implementation: str) -> nn.Module:

@@ -99,7 +99,12 @@ def test_routers_lists_every_router_and_which_is_not_causal(capsys):
     assert main(["routers"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == known_routers()
-    assert [line.split()[0] for line in lines if "not causal" in line] == ["base", "expert_choice", "quantile_batch", "sinkhorn"]
+    assert [line.split()[0] for line in lines if "not causal" in line] == [
+        "base",
+        "expert_choice",
+        "quantile_batch",
+        "sinkhorn",
+    ]
 
 
 def test_moe_alone_prints_the_commands(capsys):

@@ -330,6 +330,11 @@ def test_orthonormal_rows_cost_nothing():
     assert simbal.distance_from_orthonormal(rows[:5]).item() == pytest.approx(0, abs=1e-12)
     assert simbal.distance_from_orthonormal(rows[:, :5]).item() == pytest.approx(0, abs=1e-12)
     assert simbal.distance_from_orthonormal(2 * torch.eye(3)).item() == pytest.approx(9)
+    assert routed(simbal, z=2 * random_logits()).losses["orthogonal"].value.item() == pytest.approx(0, abs=1e-12)
+    router, tokens = router_of(simbal), tokens_of(2, 3)
+    with torch.no_grad():
+        router.weight_ED.mul_(2)
+    assert router(random_logits(T=6, E=4), tokens).losses["orthogonal"].value.item() == pytest.approx(12)
 
 
 # ------------------------------------------------------------------------------------------------ state and control
@@ -362,6 +367,18 @@ def test_experts_with_a_bar_take_their_share():
 
 def np_bar(z: Tensor) -> Tensor:
     return torch.quantile(z.sigmoid(), 0.75, dim=0)
+
+
+def test_longcat_passes_a_token_by_its_identity_experts():
+    router = longcat.Router(longcat.Config(num_null=2), dim=4, num_experts=2, top_k=2, layer=0, seed=0).double()
+    with torch.no_grad():
+        router.weight_ED.copy_(torch.eye(4)[:2])
+        router.null_weight_ZD.copy_(torch.eye(4)[2:])
+    x = torch.tensor([[3.0, 2, 0, 0], [3, 0, 2, 0], [0, 0, 2, 3]], dtype=torch.float64)
+    routing = router(x, tokens_of(1, 3))
+    p = x.softmax(1)
+    assert routing.expert_R.tolist() == [0, 1, 0, 2, 2, 2]
+    assert torch.allclose(routing.bypass_TD, torch.stack((0 * x[0], p[1, 2] * x[1], (p[2, 2] + p[2, 3]) * x[2])))
 
 
 def test_longcat_steers_to_its_budget():

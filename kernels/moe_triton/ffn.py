@@ -44,6 +44,7 @@ def _forward(
     weigh_input: bool,
     keep: bool,
     gradient_dtype: torch.dtype,
+    main_gradients: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = Weights(w_gate_EDF, w_up_EDF, w_down_EFD, b_gate_EF, b_up_EF, b_down_ED)
     plan = RoutingPlan(token_P, row_P, reverse_R, offsets_E1, token_offsets, schedule, tile_rows)
@@ -56,13 +57,12 @@ def _forward(
 
 @_forward.register_fake
 def _(x_TD, w_gate_EDF, w_up_EDF, w_down, b_gate, b_up, b_down, weight_R, token_P, *rest):
-    keep, P, F = rest[-2], token_P.shape[0], w_up_EDF.shape[2]
+    keep, P, F = rest[-3], token_P.shape[0], w_up_EDF.shape[2]
     gate_PF = x_TD.new_empty(P if keep and w_gate_EDF is not None else 0, F)
     return torch.empty_like(x_TD), gate_PF, x_TD.new_empty(P if keep else 0, F)
 
 
-@torch.library.custom_op("moe_triton::expert_ffn_backward", mutates_args=())
-def _backward(
+def _gradients(
     dy_TD: Tensor,
     x_TD: Tensor,
     w_gate_EDF: Tensor | None,
@@ -80,6 +80,7 @@ def _backward(
     schedule: Tensor,
     gate_PF: Tensor,
     up_PF: Tensor,
+    main_gradients: list[Tensor],
     tile_rows: int,
     activation: str,
     weigh_input: bool,
@@ -96,18 +97,21 @@ def _backward(
     if not kept:
         gate_PF, up_PF, _ = up(x_TD, weights, weight_R, plan, keep=True, **rule)
     dgate_PF, dup_PF, weighted_PF, parts = hidden_bwd(dy_TD, gate_PF, up_PF, weights, weight_R, plan, **rule)
-    dx_TD, gradients, dweight_R = None, _gradients_like(weights, gradient_dtype, want_up, want_down), None
+    present = [name for name, weight in weights._asdict().items() if weight is not None]
+    into = dict(zip(present, main_gradients, strict=True)) if main_gradients else {}
+    fresh = {} if into else _gradients_like(weights, gradient_dtype, want_up, want_down)
     if want_down:
-        w_down_bwd(weighted_PF, dy_TD, weight_R, plan, gradients, weigh_input=weigh_input)
+        w_down_bwd(weighted_PF, dy_TD, weight_R, plan, into or fresh, weigh_input=weigh_input, add=bool(into))
     if want_up:
-        w_up_bwd(x_TD, dgate_PF, dup_PF, weight_R, plan, gradients, weigh_input=weigh_input)
+        w_up_bwd(x_TD, dgate_PF, dup_PF, weight_R, plan, into or fresh, weigh_input=weigh_input, add=bool(into))
+    dx_TD = dweight_R = None
     if want_x or (want_weight and weigh_input):
         dx_PD, x_parts = input_bwd(dgate_PF, dup_PF, x_TD, weights, weight_R, plan, weigh_input=weigh_input)
         parts = x_parts if weigh_input else parts
         dx_TD = combine(dx_PD, None, plan) if want_x else None
     if want_weight:
         dweight_R = row_weight_bwd(parts, weight_R, plan)
-    return _in_order(x_TD, dx_TD, dweight_R, by_name=gradients)
+    return _in_order(x_TD, dx_TD, dweight_R, by_name=fresh)
 
 
 def _gradients_like(weights: Weights, dtype: torch.dtype, want_up: bool, want_down: bool) -> dict[str, Tensor]:
@@ -127,29 +131,42 @@ def _in_order(x_TD: Tensor, *gradients: Tensor | None, by_name: dict[str, Tensor
     return [x_TD.new_empty(0) if gradient is None else gradient for gradient in found]
 
 
-@_backward.register_fake
-def _(dy_TD, x_TD, *rest):
-    weights, weight_R = Weights(*rest[:6]), rest[6]
+def _gradients_fake(dy_TD, x_TD, *rest):
+    weights, weight_R, main_gradients = Weights(*rest[:6]), rest[6], rest[15]
     gradient_dtype, want_x, want_up, want_down, want_weight = rest[-5:]
+    fresh = {} if main_gradients else _gradients_like(weights, gradient_dtype, want_up, want_down)
     dx_TD = torch.empty_like(x_TD) if want_x else None
     dweight_R = torch.empty_like(weight_R) if want_weight else None
-    return _in_order(x_TD, dx_TD, dweight_R, by_name=_gradients_like(weights, gradient_dtype, want_up, want_down))
+    return _in_order(x_TD, dx_TD, dweight_R, by_name=fresh)
+
+
+# The same function twice, because what changes its arguments cannot be traced: only main gradients cost torch.compile.
+_backward = torch.library.custom_op("moe_triton::expert_ffn_backward", _gradients, mutates_args=())
+_backward_into = torch.library.custom_op(
+    "moe_triton::expert_ffn_backward_into", _gradients, mutates_args=("main_gradients",)
+)
+_backward.register_fake(_gradients_fake)
+_backward_into.register_fake(_gradients_fake)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # the kept pre-activations have no gradient: zeros of their size must not be made
-    *tensors, ctx.tile_rows, ctx.activation, ctx.weigh_input, ctx.kept, ctx.gradient_dtype = inputs
+    *tensors, ctx.tile_rows, ctx.activation, ctx.weigh_input, ctx.kept, ctx.gradient_dtype, main_gradients = inputs
+    # Aliases with a version of their own: main gradients change between forward and backward, and that is what they are for.
+    ctx.main_gradients = [gradient.data for gradient in main_gradients]
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _autograd(ctx, dy_TD, _dgate, _dup):
     if dy_TD is None:
-        return (None,) * 19
+        return (*[None] * 19, [None] * len(ctx.main_gradients))
     want_x, *want, want_weight = ctx.needs_input_grad[:8]
     want_up, want_down = any(want[i] for i in (0, 1, 3, 4)), want[2] or want[5]
-    gradients = _backward(
+    backward = _backward_into if ctx.main_gradients else _backward
+    gradients = backward(
         dy_TD.contiguous(),
         *ctx.saved_tensors,
+        ctx.main_gradients,
         ctx.tile_rows,
         ctx.activation,
         ctx.weigh_input,
@@ -160,8 +177,12 @@ def _autograd(ctx, dy_TD, _dgate, _dup):
         want_down,
         want_weight,
     )
-    wanted = (gradient if want else None for gradient, want in zip(gradients, ctx.needs_input_grad, strict=False))
-    return (*wanted, *[None] * 11)
+    dx_TD, *of_weights, dweight_R = (
+        gradient if want else None for gradient, want in zip(gradients, ctx.needs_input_grad, strict=False)
+    )
+    if ctx.main_gradients:
+        of_weights = [None] * len(of_weights)
+    return (dx_TD, *of_weights, dweight_R, *[None] * 11, [None] * len(ctx.main_gradients))
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -202,9 +223,17 @@ def planned_ffn(
     weight_on: Literal["output", "input"] = "output",
     recompute: Literal["activation", "hidden"] = "activation",
     gradient_dtype: torch.dtype | None = None,
+    main_gradients: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """`expert_ffn` over a plan that was made before, by `routing_plan` or from offsets that are known already."""
+    """`expert_ffn` over a plan that was made before, by `routing_plan` or by `plan_from_order`.
+
+    main_gradients: by name, as in Weights, a contiguous tensor of any float type and the shape of each weight, to which
+    backward adds in the product's epilogue; autograd then gives no gradient for the weights. Not under torch.compile.
+    """
     _checked(x_TD, weights, activation)
+    present = [name for name, weight in weights._asdict().items() if weight is not None]
+    if main_gradients is not None and set(main_gradients) != set(present):
+        raise ValueError(f"main_gradients has {sorted(main_gradients)} but must have one for each of {present}")
     differentiable = (x_TD, weight_R, *(w for w in weights if w is not None))
     keep = recompute == "activation" and torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     return _forward(
@@ -222,6 +251,7 @@ def planned_ffn(
         weight_on == "input",
         keep,
         gradient_dtype or x_TD.dtype,
+        [main_gradients[name] for name in present] if main_gradients is not None else [],
     )[0]
 
 

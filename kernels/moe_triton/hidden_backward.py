@@ -104,19 +104,22 @@ def hidden_bwd_kernel(
     dy_ptr += (token * D)[:, None]
     w_down_ptr += expert * (F * D)
     at_w = f[None, :] * D + d[:, None]
-    dhidden = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     dweight = tl.zeros([BLOCK_M], dtype=ACC)
+    if (
+        BIASED and column == 0
+    ):  # a loop of its own, in one column tile: in the one below it would cost all of them registers
+        for start in range(0, D, BLOCK_K):
+            in_d = within(start + d, D, BLOCK_K)
+            b_down = tl.load(b_down_ptr + expert * D + start + d, mask=in_d, other=0).to(ACC)
+            dy = tl.load(dy_ptr + (start + d)[None, :], mask=exists[:, None] & in_d[None, :], other=0)
+            dweight += tl.sum(dy.to(ACC) * b_down[None, :], axis=1)
+    dhidden = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     for start in range(0, D, BLOCK_K):
         in_d = within(start + d, D, BLOCK_K)
         dy = tl.load(dy_ptr + (start + d)[None, :], mask=exists[:, None] & in_d[None, :], other=0)
         w_down = tl.load(w_down_ptr + at_w, mask=in_d[:, None] & in_f[None, :], other=0)
         dhidden = multiply_add(dy, w_down, dhidden, UPCAST, PRECISION)
-        if BIASED:
-            b_down = tl.load(b_down_ptr + expert * D + start + d, mask=in_d, other=0).to(ACC)
-            dweight += tl.sum(dy.to(ACC) * b_down[None, :], axis=1)
         at_w += BLOCK_K
-    if BIASED:  # every column tile sees all of dO, and one of them may count it
-        dweight = tl.where(column == 0, dweight, 0.0)
     weight = tl.load(weight_ptr + tl.load(row_ptr + first + row, mask=exists, other=0), mask=exists, other=0).to(ACC)
     up_ptr += first * F
     if GATED:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_triton.plan import RoutingPlan
 from moe_triton.runtime import cdiv, launch
-from moe_triton.tiles import Weights, config, multiply_add, numerics, rows_of_tile, swizzle, within
+from moe_triton.tiles import Weights, column_slices, config, multiply_add, numerics, rows_of_tile, swizzle, within
 
 
 @triton.jit
@@ -40,6 +40,7 @@ def input_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """dx = dgate·W_gateᵀ + dup·W_upᵀ for one tile of rows of one expert and BLOCK_N columns of D."""
@@ -70,16 +71,26 @@ def input_bwd_kernel(
             dx = multiply_add(dgate, tl.load(gate_w_ptr + at_w, mask=in_w, other=0), dx, UPCAST, PRECISION)
         at_rows += BLOCK_K
         at_w += BLOCK_K
-    in_tile = exists[:, None] & in_d[None, :]
+    dx_ptr += first * D
+    WIDTH: tl.constexpr = BLOCK_N // SLICES
+    slices = column_slices(dx, SLICES)
+    dweight = tl.zeros([BLOCK_M], dtype=ACC)
     if WEIGH_INPUT:
         token = tl.load(token_ptr + first + row, mask=exists, other=0).to(tl.int64)
-        x = tl.load(x_ptr + token[:, None] * D + d[None, :], mask=in_tile, other=0).to(ACC)
-        tl.store(parts_ptr + column.to(tl.int64) * num_rows + first + row, tl.sum(dx * x, axis=1), mask=exists)
         weight = tl.load(weight_ptr + tl.load(row_ptr + first + row, mask=exists, other=0), mask=exists, other=0).to(
             ACC
         )
-        dx *= weight[:, None]
-    tl.store(dx_ptr + first * D + row[:, None] * D + d[None, :], dx, mask=in_tile)
+    for i in tl.static_range(SLICES):
+        d = column * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
+        in_slice = exists[:, None] & within(d, D, BLOCK_N)[None, :]
+        part = slices[i]
+        if WEIGH_INPUT:
+            x = tl.load(x_ptr + (token * D)[:, None] + d[None, :], mask=in_slice, other=0).to(ACC)
+            dweight += tl.sum(part * x, axis=1)
+            part *= weight[:, None]
+        tl.store(dx_ptr + row[:, None] * D + d[None, :], part, mask=in_slice)
+    if WEIGH_INPUT:
+        tl.store(parts_ptr + column.to(tl.int64) * num_rows + first + row, dweight, mask=exists)
 
 
 def input_bwd(
@@ -119,6 +130,7 @@ def input_bwd(
         F=F,
         GATED=weights.w_gate_EDF is not None,
         WEIGH_INPUT=weigh_input,
+        SLICES=4 if weigh_input else 1,
         **numerics(x_TD),
         **options,
     )

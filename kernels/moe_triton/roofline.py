@@ -17,6 +17,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from statistics import NormalDist
 
 from moe_triton.chips import CHIPS, Chip
@@ -232,6 +233,12 @@ def _race(weights: Sequence[float], rate: float) -> float:
     return sum(-math.expm1(-rate * weight) for weight in weights)
 
 
+def whole_rows(counts: Sequence[float], shape: Shape) -> list[int]:
+    """Rows per expert in whole numbers that sum to R, in proportion to `counts`."""
+    ends = [round(end) for end in accumulate(_scaled(counts, shape), initial=0.0)]
+    return [end - start for start, end in pairwise(ends)]
+
+
 def _scaled(counts: Sequence[float], shape: Shape) -> list[float]:
     total = sum(counts)
     return [count * shape.R / total for count in counts]
@@ -298,7 +305,7 @@ def predict(shape: Shape, machine: Machine, counts: Sequence[float] | None = Non
             f"the routing counts {len(counts)} experts with {sum(counts):g} rows, the shape has {shape.E}: give one count "
             "per expert, and some rows"
         )
-    rows = [round(count) for count in _scaled(counts, shape)]
+    rows = whole_rows(counts, shape)
     return [_predict(part, shape, machine, rows) for part in FLOWS["ours"]]
 
 

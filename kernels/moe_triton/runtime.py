@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 INTERPRETING: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
-"""Whether triton runs kernels in Python on the CPU. Triton reads the variable when a kernel is decorated, so it is fixed per process."""
+"""Whether triton runs kernels in Python on the CPU; fixed per process, as it reads the variable when a kernel is decorated."""
 
 
 def must_upcast(*tensors: Tensor) -> bool:

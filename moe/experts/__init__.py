@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from moe.errors import BackendError
-from moe.experts import reference, torch_backend
+from moe.experts import reference, torch_backend, triton_backend
 from moe.routing import Dispatch
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Dispatch], Tensor]
-BACKENDS: dict[str, Backend] = {"reference": reference.expert_ffn, "torch": torch_backend.expert_ffn}
+BACKENDS: dict[str, Backend] = {
+    "reference": reference.expert_ffn,
+    "torch": torch_backend.expert_ffn,
+    "triton": triton_backend.expert_ffn,
+}
 
 
 def resolve_backend(name: str) -> str:
@@ -24,6 +28,8 @@ def resolve_backend(name: str) -> str:
     if name not in BACKENDS:
         known = ", ".join(f"'{known}'" for known in BACKENDS)
         raise BackendError(f"expert backend '{name}' is not available in this version: use one of {known}, or 'auto'")
+    if name == "triton":
+        triton_backend.require()
     return name
 
 

@@ -2,7 +2,8 @@
 
 Collected only where TRITON_INTERPRET=1; tests/test_kernels_interpreted.py starts such a process. In it, every launch is
 checked: each lane of a load or store whose mask is true must lie inside a tensor that the kernel was given, and tl.dot must
-not meet bfloat16, whose bits the interpreter multiplies as integers, silently. A test can ask for `launches`.
+not meet bfloat16, whose bits the interpreter multiplies as integers, silently. Casts to bfloat16 round to nearest, as on
+every GPU; the interpreter would truncate, an error twice as large. A test can ask for `launches`.
 """
 
 import os
@@ -82,7 +83,23 @@ if not collect_ignore_glob:
         assert tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar), "the interpreter multiplies the bits of bfloat16"
         return _dot(builder, a, b, *rest)
 
+    _cast = _builder.cast_impl
+
+    def _rounding_cast(builder, src, dst_type):
+        """As the hardware casts between float32 and bfloat16, to nearest even; the interpreter cuts bits off."""
+        source, target = src.dtype.scalar, dst_type.scalar
+        if (source, target) == (tl.float32, tl.bfloat16):
+            bits = src.data.view(np.uint32)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            return interpreter.TensorHandle(np.where(np.isnan(src.data), np.uint16(0x7FC0), rounded), target)
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle((src.data.astype(np.uint32) << 16).view(np.float32), target)
+        return _cast(builder, src, dst_type)
+
     interpreter.GridExecutor.__call__ = _recorded_call
+    # tensors on the CPU are used where they are, and copying them back onto themselves would touch all their memory
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None
+    _builder.cast_impl = _rounding_cast
     _builder.create_masked_load, _builder.create_masked_store = _checked_load, _checked_store
     _builder.create_dot = _checked_dot
 

@@ -13,8 +13,14 @@ from ffn_cases import Case, check, gradient_of, inputs_of, kernels, plain, resul
 from torch import Tensor
 
 from moe_triton import ffn, reference
-from moe_triton.plan import routing_plan
+from moe_triton.combine import combine
+from moe_triton.down import down
+from moe_triton.hidden_backward import hidden_bwd, row_weight_bwd
+from moe_triton.input_backward import input_bwd
+from moe_triton.plan import RoutingPlan, routing_plan
 from moe_triton.tiles import Weights
+from moe_triton.up import up
+from moe_triton.weight_backward import w_down_bwd, w_up_bwd
 
 BF16, F16 = torch.bfloat16, torch.float16
 
@@ -292,6 +298,35 @@ def test_weight_gradients_in_float32_from_bfloat16_weights():
     assert all(unrounded[name] < rounded[name] for name in rounded)
 
 
+def test_main_gradients_are_added_to_in_place():
+    case = Case(T=20, D=32, F=16, E=4, dtype=F16, biased=True, routing="empty_last")
+    rows, dy = rows_of(case), gradient_of(case)
+    inputs = inputs_of(case, rows)
+    alone = results(kernels, case, rows, inputs, dy)
+    names = {name: f"{name}_{letters}" for name, letters in zip(list(inputs)[1:7], ORDER, strict=True)}
+    main = {full: torch.full(inputs[name].shape, 3.0) for name, full in names.items()}
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    weights = Weights(**{full: tensors[name] for name, full in names.items()})
+    plan = routing_plan(*rows, num_experts=case.E)
+    micro_batches = [
+        ffn.planned_ffn(tensors["x"], weights, tensors["weight"], plan, main_gradients=main) for _ in range(2)
+    ]
+    for y in micro_batches:
+        y.backward(dy)
+    for name, full in names.items():
+        assert tensors[name].grad is None
+        assert rms(main[full].double() - 3 - 2 * alone[name]) <= 1e-3 * rms(alone[name]), name
+        assert main[full].dtype == torch.float32
+    assert (main["w_down_EFD"][3] == 3).all()
+    assert tensors["x"].grad is not None
+    assert torch.equal(tensors["x"].grad.double(), 2 * alone["x"])
+    with pytest.raises(ValueError, match=r"main_gradients has .* but must have one for each of"):
+        ffn.planned_ffn(tensors["x"], weights, tensors["weight"], plan, main_gradients={"w_up_EDF": main["w_up_EDF"]})
+
+
+ORDER = ("EDF", "EDF", "EFD", "EF", "EF", "ED")
+
+
 def test_strided_inputs():
     case = Case(T=12, D=16, F=8, E=3)
     rows, dy = rows_of(case), gradient_of(case)
@@ -309,7 +344,7 @@ def arguments_of(case: Case) -> tuple:
     plan = routing_plan(*rows, num_experts=case.E)
     names = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down", "weight")
     tensors = (inputs["x"], *(inputs.get(name) for name in names), *plan)
-    return (*tensors, case.activation, case.weight_on == "input", case.recompute == "activation", case.dtype)
+    return (*tensors, case.activation, case.weight_on == "input", case.recompute == "activation", case.dtype, [])
 
 
 @pytest.mark.parametrize("recompute", ["activation", "hidden"])
@@ -333,6 +368,78 @@ def test_compiles_as_one_graph_without_recompiling_for_other_routings(launches):
         rows = rows_of(replace(case, routing=routing))
         assert torch.equal(compiled(rows), kernels(case, rows, inputs))
     assert graphs == 1
+
+
+def test_compiles_once_for_token_counts_of_the_same_tile_height():
+    graphs = 0
+
+    def count(graph, _):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    case = Case(T=12, D=16, F=8, E=3)
+    weights = inputs_of(case, rows_of(case))
+    compiled = torch.compile(
+        lambda rows, inputs: kernels(case, rows, inputs), fullgraph=True, backend=count, dynamic=True
+    )
+    for T in (12, 17, 24):  # 8 to 16 rows per expert: tiles of 16 rows
+        rows = rows_of(replace(case, T=T))
+        inputs = {**weights, "x": torch.randn(T, 16), "weight": torch.rand(2 * T)}
+        assert torch.equal(compiled(rows, inputs), kernels(case, rows, inputs))
+    assert graphs == 1
+
+
+@pytest.mark.plain_memory  # else 40 GB of address space would be filled, of which kilobytes are used
+def test_tokens_rows_and_experts_beyond_32_bits():
+    T = P = 2**25 + 64  # times D = F = 64: more than 2^31 elements
+    E = 2**19 + 8  # times D·F: likewise
+    num_rows, first = 20, P - 20
+    x_TD, dy_TD = (torch.empty(P, 64, dtype=F16) for _ in range(2))
+    w_gate, w_up, w_down = (torch.empty(E, 64, 64, dtype=F16) for _ in range(3))
+    tokens = T - 1 - 3 * torch.arange(num_rows)
+    for tensor in (x_TD, dy_TD):
+        tensor[tokens] = torch.randn(num_rows, 64).half()
+    for weight in (w_gate, w_up, w_down):
+        weight[-1] = (torch.randn(64, 64) / 8).half()
+    token_P, row_P = torch.empty(P, dtype=torch.int32), torch.empty(P, dtype=torch.int32)
+    token_P[first:], row_P[first:] = tokens.int(), torch.arange(num_rows, dtype=torch.int32)
+    offsets_E1 = torch.full((E + 1,), first)
+    offsets_E1[-1] = P
+    plan = RoutingPlan(
+        token_P,
+        row_P,
+        reverse_R=torch.arange(first, P),
+        offsets_E1=offsets_E1,
+        token_offsets=torch.arange(num_rows + 1),
+        schedule=torch.tensor([[E - 1, first]], dtype=torch.int32),
+        tile_rows=32,
+    )
+    weights, weight_R = Weights(w_gate, w_up, w_down), torch.rand(num_rows)
+
+    def expected(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, weight: Tensor) -> Tensor:
+        return (torch.nn.functional.silu(x @ w_gate) * (x @ w_up)) @ w_down * weight[:, None]
+
+    exact = [t.double().requires_grad_() for t in (x_TD[tokens], w_gate[-1], w_up[-1], w_down[-1], weight_R)]
+    y = expected(*exact)
+    dx, dw_gate, dw_up, dw_down, dweight = torch.autograd.grad(y, exact, dy_TD[tokens].double())
+
+    rule = {"activation": "swiglu", "weigh_input": False}
+    gate_PF, up_PF, hidden_PF = up(x_TD, weights, weight_R, plan, keep=True, **rule)
+    found = {"y": combine(down(hidden_PF, weights, plan), weight_R, plan)}
+    del hidden_PF
+    dgate, dup, weighted, parts = hidden_bwd(dy_TD, gate_PF, up_PF, weights, weight_R, plan, **rule)
+    found["dx"] = combine(input_bwd(dgate, dup, x_TD, weights, weight_R, plan, weigh_input=False)[0], None, plan)
+    found["dweight"] = row_weight_bwd(parts, weight_R, plan)
+    # one expert only, because each has its programs
+    of_last = plan._replace(offsets_E1=offsets_E1[-2:])
+    gradients = {name: torch.empty(1, 64, 64) for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD")}
+    w_down_bwd(weighted, dy_TD, weight_R, of_last, gradients, weigh_input=False)
+    w_up_bwd(x_TD, dgate, dup, weight_R, of_last, gradients, weigh_input=False)
+    for name, value in {"y": y, "dx": dx, "dweight": dweight}.items():
+        assert rms(found[name].double() - value) <= 4e-3 * rms(value), name
+    for name, value in zip(gradients, (dw_gate, dw_up, dw_down), strict=True):
+        assert rms(gradients[name][0].double() - value) <= 4e-3 * rms(value), name
 
 
 def test_shapes_follow_on_the_meta_device():
