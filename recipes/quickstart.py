@@ -38,12 +38,12 @@ def run() -> Run:
         ),
         data=Data(sequence_length=128),
         train=Train(
-            steps=400,
-            batch_rows=32,
-            micro_rows=32,
-            optimizer=AdamW(lr=6e-3),
-            schedule=Cosine(warmup_steps=20),
+            steps=800,
+            batch_rows=16,
+            micro_rows=16,
+            optimizer=AdamW(lr=4e-3),
+            schedule=Cosine(warmup_steps=40),
         ),
-        evaluation=Evaluation(every_steps=100, rows=256, final_rows=4224),
+        evaluation=Evaluation(every_steps=200, rows=256, final_rows=4224),
         logging=Logging(routing_every=10),
     )

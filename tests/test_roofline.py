@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 from io import StringIO
 from itertools import product
 
@@ -230,3 +231,28 @@ def test_a_wrong_command_names_the_way_out(arguments, options, message):
 def test_a_routing_of_another_number_of_experts_is_refused(tmp_path):
     with pytest.raises(UserError, match="counts 2 experts and the shape has 64"):
         profiler.profile("8192,1024,512,64,4", routing=routing_file(tmp_path, {0: [1, 1]}))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") == "1", reason="triton compiles nothing when interpreting")
+def test_profile_sets_the_compilers_facts_beside_the_models_kernels():
+    pytest.importorskip("triton")
+    facts = profiler.compiled_facts(Shape(4096, 512, 256, 8, 2), "sm_90")
+    assert isinstance(facts, list)
+    by_name = {fact["kernel"]: fact for fact in facts}
+    for part in roofline.FLOWS["ours"]:
+        if part.flops:
+            fact = by_name[part.name]
+            assert fact["spills"] == 0 and fact["matrix"].keys() == {"wgmma.mma_async"} and fact["registers"] > 32
+    # everything that is launched has a name in the model, or is counted there as routing or small
+    others = set(by_name) - {part.name for part in roofline.FLOWS["ours"]}
+    assert len(others) == roofline.ROUTING_LAUNCHES + roofline.SMALL_LAUNCHES, others
+    text = StringIO()
+    Console(file=text, width=140).print(profiler._compiled(facts, "sm_90"))
+    assert "wgmma.mma_async ×" in text.getvalue()
+
+
+def test_times_of_kernels_are_told_apart_by_name_and_turn():
+    measure = pytest.importorskip("moe_triton.measure")
+    events = [("up_fwd_kernel", 3.0), ("combine_fwd_kernel", 1.0), ("aten::fill", 9.0), ("combine_fwd_kernel", 2.0)] * 3
+    assert measure.by_kernel(events) == {"up": 3.0, "combine": 1.0, "combine_bwd": 2.0}
+    assert measure.spread([3.0, 1.0, 2.0]).median == 2.0 and measure.spread([5.0]).n == 1

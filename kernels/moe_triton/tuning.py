@@ -29,7 +29,7 @@ _TABLE = """
 ops | targets | aligned | height | columns | N | K | group | warps | stages | slices | reason
 up | sm_90 sm_100 | yes | 128 | 128 | 128 | 64 | 8 | 8 | 3 | - | two 128×128 accumulators: 85 FLOPs per byte from L2, the most that fits without a spill
 up | sm_90 sm_100 | yes | 64 | 128 | 128 | 64 | 8 | 8 | 3 | - | two accumulators as wide as at 128 rows: the weights' bytes dominate, reuse x
-up | sm_80 | yes | 128 | 0 | 64 | 64 | 8 | 8 | 3 | - | two accumulators 128 wide spill 160 bytes on sm_80; 64 wide take 136 registers
+up | sm_80 | yes | 128 | 0 | 64 | 64 | 8 | 8 | 3 | - | two accumulators 128 wide spill more than 100 bytes on sm_80, 32 deep too
 up | sm_80 | yes | 64 | 128 | 128 | 64 | 8 | 8 | 3 | - | half the rows leave room for 128 columns: 156 registers, 80 KB
 up | gfx942 | yes | 128 | 128 | 128 | 32 | 8 | 8 | 2 | - | 24 KB of the 64 KB LDS, so two blocks share a compute unit
 up | sm_90 sm_100 | yes | 128 | 0 | 64 | 64 | 8 | 8 | 3 | - | narrow experts
