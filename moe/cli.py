@@ -100,6 +100,24 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of
 
 
 @app.command()
+def profile(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|T,D,F,E,K", help="a recipe, or an expert layer's shape")],
+    overrides: OverridesArgument = None,
+    chip: Annotated[str, typer.Option(help="accelerator to predict for")] = "h100",
+    routing: Annotated[
+        str, typer.Option(metavar="uniform|zipf|FILE", help="rows per expert, or a run's routing.jsonl")
+    ] = "uniform",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="roofline plot, .png or .svg")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Chrome trace of the measured step (GPU)")] = None,
+) -> None:
+    """Count an expert layer's kernels: FLOPs, bytes, predicted time on a chip, what the compiler made of them."""
+    _lazy("moe.profile", "profile")(
+        target, overrides or [], chip=chip, routing=routing, out=plot, as_json=json, trace=trace
+    )
+
+
+@app.command()
 def routers() -> None:
     """List the routers, whether they are causal, and what each does."""
     registry = import_module("moe.config.registry")
