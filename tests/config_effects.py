@@ -133,8 +133,8 @@ def setting(key: str) -> str:
 
 
 def recording(lab: Lab) -> str:
-    """The recorded routing of a run with another seed."""
-    return str(lab.train(lab.run("seed=1", "logging.record_routing=true")).folder / "replay")
+    """The recorded routing of a run with other weights at the start."""
+    return str(lab.train(lab.run("model.init_std=0.5", "logging.record_routing=true")).folder / "replay")
 
 
 def lines(words: str, field: str = "text") -> str:
@@ -458,7 +458,13 @@ EFFECTS: dict[str, Effect] = {
         checkpoints,
         False,
         True,
-        ("train.steps=3", "evaluation.every_steps=1", "checkpoint.keep_last=1", "train.optimizer.lr=3"),
+        (
+            "train.steps=3",
+            "evaluation.every_steps=1",
+            "checkpoint.keep_last=1",
+            "train.optimizer.lr=3",
+            "train.schedule.final_fraction=1.0",
+        ),
     ),
     "logging.routing_every": Effect(routing_steps, 1, 2),
     "logging.console": Effect(printed, "off", "plain"),

@@ -167,9 +167,9 @@ def _score_flops(model: Model, layer: int, sequence_length: int, causal_half: bo
         window, extra = 0, 0
         sizes = attention.nope_dim + attention.rope_dim + attention.value_dim
     else:
-        # A sink is one more key, in one more dimension of queries, keys and values (moe/attention.py).
+        # A sink is one more key; queries, keys and values get eight more dimensions, of which one is used (moe/attention.py).
         window, extra = attention.windows[layer % len(attention.windows)], int(attention.sinks)
-        sizes = 2 * (attention.head_dim + extra)
+        sizes = 2 * (attention.head_dim + 8 * extra)
     keys = _keys_seen(sequence_length, window) if causal_half else sequence_length
     return 2 * (keys + extra) * attention.num_heads * sizes
 

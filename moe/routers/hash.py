@@ -1,7 +1,7 @@
 """Hash routing (arXiv 2106.04426): the token's id decides, nothing is learned.
 
 Each (layer, id, expert) gets a pseudo-random score and the id goes to its k best experts, so one id always meets the same
-experts. With `ngram` n the n-1 previous ids of the row take part. Every chosen expert weighs 1/k. A control: what a model
+experts. With `ngram` n the n-1 previous ids of its document take part. Every chosen expert weighs 1/k. A control: what a model
 gains over dense with this router is capacity, not learned routing. Frequent ids unbalance the load, unless `frequencies`
 says how frequent they are: then ids, most frequent first, go to the k experts with the least load so far (the paper's
 balanced hash), and the pseudo-random score only breaks ties.
@@ -96,7 +96,8 @@ class Router(BaseRouter):
         key_T = mix(ids_T + self.salt)
         for back in range(1, self.config.ngram):
             assert tokens is not None
-            earlier_T = torch.where(tokens.position_T >= back, ids_T.roll(back), -1)
+            inside_T = (tokens.position_T >= back) & (tokens.document_T == tokens.document_T.roll(back))
+            earlier_T = torch.where(inside_T, ids_T.roll(back), -1)
             key_T = mix(key_T + mix(earlier_T))
         # 24 bits of a hash are exact in float32, and 2^-24 ties a million pairs break alike everywhere: topk is deterministic
         return ((mix(key_T.unsqueeze(1) + mix(self.label_E)) >> 40) & 0xFFFFFF).float() / 2**24
