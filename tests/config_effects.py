@@ -462,7 +462,7 @@ EFFECTS: dict[str, Effect] = {
             "train.steps=3",
             "evaluation.every_steps=1",
             "checkpoint.keep_last=1",
-            "train.optimizer.lr=3",
+            "train.optimizer.lr=30",
             "train.schedule.final_fraction=1.0",
         ),
     ),
