@@ -76,9 +76,9 @@ def test_the_smoke_run_agrees_in_float32(layout, single, tmp_path):
         for row, reference in zip(rows, expected, strict=True):
             limit = 1e-5 if row["step"] <= 20 else tolerance
             assert relative(row["loss"], reference["loss"]) < limit, row["step"]
-            assert relative(row["grad_norm"], reference["grad_norm"]) < limit * (1 if row["step"] <= 20 else 10), row[
-                "step"
-            ]
+            # free routing: a flip at one tie moves the norm of a whole gradient further than the loss
+            wide = 10 if name == "free" and row["step"] > 20 else 1
+            assert relative(row["grad_norm"], reference["grad_norm"]) < limit * wide, row["step"]
             assert relative(row["losses"]["balance"], reference["losses"]["balance"]) < limit, row["step"]
         assert relative(logged(out, "evals")[-1]["loss"], expected_end) < tolerance
         if name == "replayed":
