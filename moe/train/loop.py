@@ -26,6 +26,7 @@ from moe.parallel import Ranks
 from moe.train import record
 from moe.train.console import Console
 from moe.train.evaluate import EvaluationResult, evaluate
+from moe.train.memory import require_memory
 from moe.train.mirrors import require_tensorboard
 from moe.train.replay import Recorder, Replayer
 from moe.train.runlog import RunLog
@@ -134,6 +135,7 @@ def _check(run: Run, ranks: Ranks) -> None:
     """Refuse what this machine or number of ranks cannot do, before anything is prepared or written."""
     check_world(run, ranks.world_size)
     _backend(run)
+    require_memory(run, ranks)
     if run.logging.tensorboard:
         require_tensorboard()
 

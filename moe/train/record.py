@@ -1,8 +1,6 @@
 """What a run leaves in its folder besides metrics: run.json, the code's state, attempts, and the summary."""
 
-import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -106,25 +104,6 @@ def begin_attempt(out: Path, from_step: int, ranks: Ranks, overrides: list[str])
     )
     log.close()
     return attempt
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: the device's allocator, or the process's resident set on a CPU."""
-    if device.type == "cpu":
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return torch.accelerator.max_memory_allocated(device)
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Memory held now: the device's allocator, or the process's resident set (Linux; elsewhere its peak)."""
-    if device.type != "cpu":
-        return torch.accelerator.memory_allocated(device)
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return peak_memory_bytes(device)
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _device_name(device: torch.device) -> str:

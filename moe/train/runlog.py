@@ -14,7 +14,7 @@ from moe.cost import mfu, parameters, peak_flops, train_flops_per_token
 from moe.files import write_json, write_whole
 from moe.metrics import SCHEMA_VERSION, JsonLines, routing_row
 from moe.parallel import Ranks
-from moe.train import record
+from moe.train import memory, record
 from moe.train.console import Console
 from moe.train.evaluate import EvaluationResult
 from moe.train.mirrors import Mirrors
@@ -58,7 +58,7 @@ class RunLog:
             "step_seconds": seconds,
             "tokens_per_second": speed,
             "tokens": tokens,
-            "memory_bytes": record.memory_bytes(self.ranks.device),
+            "memory_bytes": memory.memory_bytes(self.ranks.device),
             "skipped": result.skipped,
         }
         if self.peak_flops:
@@ -126,7 +126,7 @@ class RunLog:
                 "parameters_total": counted.total,
                 "parameters_active": counted.active,
                 "train_flops_per_token": self.flops_per_token,
-                "peak_memory_bytes": record.peak_memory_bytes(self.ranks.device),
+                "peak_memory_bytes": memory.peak_memory_bytes(self.ranks.device),
                 "skipped_steps": skipped,
             },
         )
