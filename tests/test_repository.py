@@ -60,7 +60,7 @@ def test_no_file_knows_the_machine_it_was_written_on():
     pattern = re.compile(r"(?<![\w.])/(?:work|root|home/\w+|Users/\w+|opt)/|\.\./" + "shared")
     found = []
     for path in text_files():
-        if path.name != Path(__file__).name:
+        if path.name not in (Path(__file__).name, ".git"):  # of a git worktree, .git is a file
             lines = path.read_text("utf-8").splitlines()
             found += [
                 f"{path.relative_to(ROOT)}:{n}: {line.strip()}"
