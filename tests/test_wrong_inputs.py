@@ -67,7 +67,9 @@ COMMANDS = [
     Case("out not empty", "train {run} out=full", ("out='full'", "not empty", "moe resume full"), {"full/x": b"x"}),
     Case("out a file", "train {run} out=file", ("out='file'",), {"file": b"x"}),
     Case("out for show", "show {run} out=x", ("out is no setting", "moe train alone")),
-    Case("more than memory", "train {run} model.dim=1048576 model.num_layers=9999", ("GiB", "moe show prints the plan")),
+    Case(
+        "more than memory", "train {run} model.dim=1048576 model.num_layers=9999", ("GiB", "moe show prints the plan")
+    ),
     Case("resume nothing", "resume {folder}", ("holds no run.json", "folder of a run")),
     Case("no seeds", "compare {run} --seeds 0", ("'--seeds'", "greater than or equal to 1")),
     Case("seeds in words", "compare {run} --seeds three", ("'--seeds'", "integer")),
