@@ -25,13 +25,17 @@ ROWS, S, STEPS = 8, 10, 3
 
 
 class UnevenCorpus:
-    """Random rows whose padding grows with the row and whose targets are mostly in the last rows."""
+    """Random rows whose padding grows with the row and whose targets are mostly in the last rows.
+
+    A step of more than ROWS rows has the same ROWS, each followed by rows that are padding throughout.
+    """
 
     def train_batch(self, step: int, rows: range, *, batch_rows: int, seed: int) -> Batch:
         """Rows of a step, each a function of (step, row)."""
-        ids = torch.stack([self._row(step, row) for row in rows])
+        every = batch_rows // ROWS
+        row_B = torch.tensor([row // every if row % every == 0 else 100 + row for row in rows])
+        ids = torch.stack([self._row(step, row) for row in row_B.tolist()])
         position = torch.arange(S)
-        row_B = torch.tensor(list(rows))
         valid = position < (S - row_B.unsqueeze(1)).clamp(min=0)
         targets = torch.where(valid & (position < 1 + row_B.unsqueeze(1)), ids.roll(-1, 1), IGNORE)
         document = (position >= 4).long().expand_as(ids)
@@ -41,14 +45,14 @@ class UnevenCorpus:
         return torch.randint(0, 40, (S,), generator=torch.Generator().manual_seed(1000 * step + row))
 
 
-def run_of(router, micro_rows: int, recompute: bool) -> Run:
-    """A float64 run of a two-layer model."""
+def run_of(router, micro_rows: int, recompute: bool, rows: int = ROWS) -> Run:
+    """A float64 run of a two-layer model, with `rows` rows a step, a multiple of ROWS."""
     attention = GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=8)
     experts = MoE(num_experts=4, top_k=2, expert_hidden=8, router=router)
     model = Model(vocab_size=40, dim=16, num_layers=2, ffn_hidden=16, attention=attention, moe=experts, init_std=0.3)
     train = Train(
         steps=STEPS,
-        batch_rows=ROWS,
+        batch_rows=rows,
         micro_rows=micro_rows,
         optimizer=AdamW(lr=0.01),
         schedule=Cosine(),
@@ -58,11 +62,11 @@ def run_of(router, micro_rows: int, recompute: bool) -> Run:
     return Run(name="case", model=model, train=train)
 
 
-def steps(run: Run, ranks: Ranks) -> SimpleNamespace:
+def steps(run: Run, ranks: Ranks, count: int = STEPS) -> SimpleNamespace:
     """Losses, norms, gradients of the last step, loads and router state of a few optimizer steps."""
     model = Transformer(run.model, seed=1, dtype=torch.float64, recompute=run.train.activation_checkpointing).double()
     state = State(run, ranks, UnevenCorpus(), model, model, build_optimizer(model, run.train.optimizer))
-    results = [train_step(state, step, maxima=True) for step in range(STEPS)]
+    results = [train_step(state, step, maxima=True) for step in range(count)]
     return SimpleNamespace(
         losses=[[r.loss, r.grad_norm, *r.losses.values()] for r in results],
         loads=[[s[k].tolist() for k in sorted(s)] for r in results for _, s in r.statistics],
