@@ -8,6 +8,9 @@
 | stream (`out`, `down`, `w_down_EFD`)   | that its variance does not grow with depth                    |
 | every other matrix, embedding, router  | N(0, std)                                                     |
 
+Latent experts carry the depth scaling in w_down_EFD; the matrix out of their latent width has none, so that the product is
+scaled once.
+
 A value is a function of (seed, canonical name, global expert index): the same in every layout, and in a model and its twin
 wherever names and shapes agree.
 """

@@ -1,5 +1,7 @@
 """The expert layer: route, order rows by expert, apply the experts, add the shared expert."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -7,6 +9,7 @@ from torch.nn.functional import silu
 from moe.config.load import resolve_router, router_name
 from moe.config.schema import MoE
 from moe.experts import Experts
+from moe.experts.means import output_sums
 from moe.init import initialise, off_meta
 from moe.routing import Counts, Dispatch, Routing, Selection, Tokens, plan
 
@@ -55,7 +58,10 @@ class MoELayer(nn.Module):
             self.router = router(
                 config.router, dim=dim, num_experts=config.num_experts, top_k=config.top_k, layer=layer, seed=seed
             )
-        self.experts = Experts(config.num_experts, dim, config.expert_hidden, config.backend)
+        latent = config.latent_dim
+        self.into_latent = Linear(dim, latent, bias=False) if latent else None
+        self.experts = Experts(config.num_experts, latent or dim, config.expert_hidden, config.backend)
+        self.out_of_latent = Linear(latent, dim, bias=False) if latent else None
         self.shared = SwiGLU(dim, config.shared_hidden) if config.shared_hidden else None
         self.shared_gate = Linear(dim, 1, bias=False) if config.shared_gate else None
         initialise(self, seed=seed, std=init_std, residual_scale=residual_scale, prefix=f"layers.{layer}.moe.")
@@ -64,9 +70,14 @@ class MoELayer(nn.Module):
         self, x_BSD: Tensor, tokens: Tokens | None = None, replay: Selection | None = None
     ) -> tuple[Tensor, Routing]:
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD, tokens if tokens is not None else Tokens.of_hidden(x_BSD), replay)
+        tokens = tokens if tokens is not None else Tokens.of_hidden(x_BSD)
+        routing = self.router(x_TD, tokens, replay)
         dispatch: Dispatch = plan(routing)
-        y_TD = self.experts(x_TD, dispatch)
+        # with latent experts D is their width between the two shared matrices, and the model's outside
+        latent_TD = x_TD if self.into_latent is None else self.into_latent(x_TD)
+        y_TD = self.experts(latent_TD, dispatch)
+        if self.out_of_latent is not None:
+            y_TD = self.out_of_latent(y_TD)
         if routing.bypass_TD is not None:
             y_TD = y_TD + routing.bypass_TD.to(y_TD.dtype)
         if self.shared is not None:
@@ -74,6 +85,11 @@ class MoELayer(nn.Module):
             if self.shared_gate is not None:
                 shared_TD = shared_TD * self.shared_gate(x_TD).sigmoid()
             y_TD = y_TD + shared_TD
+        if self.router.output_stride and self.training and torch.is_grad_enabled():
+            means = output_sums(
+                self.experts, self.out_of_latent, latent_TD, routing, tokens, stride=self.router.output_stride
+            )
+            routing = replace(routing, statistics={**routing.statistics, **means})
         return y_TD.view_as(x_BSD), routing
 
     def update(self, statistics: Counts) -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from moe.analysis.rows import read_routing
 from moe.config.load import load
+from moe.config.schema import expert_dim
 from moe.errors import ConfigError, UserError
 from moe_triton import roofline
 from moe_triton.roofline import MACHINES, Kernel, Machine, Shape
@@ -111,7 +112,7 @@ def shape_of(target: str, overrides: Sequence[str] = ()) -> Shape:
         raise ConfigError(f"{target} has no expert layers: profile a sparse recipe, or a shape T,D,F,E,K")
     rows = moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
     T = run.train.micro_rows * run.data.sequence_length
-    return Shape(T, run.model.dim, moe.expert_hidden, moe.num_experts, rows)
+    return Shape(T, expert_dim(run.model), moe.expert_hidden, moe.num_experts, rows)
 
 
 def machine_of(chip: str) -> Machine:

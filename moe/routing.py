@@ -129,6 +129,8 @@ class Router(nn.Module):
     """What a valid, undropped token's gate weights sum to."""
     exact_rows: bool = True
     """False if rows_per_token is what a loss or a controller aims at, rather than what every batch has."""
+    output_stride: int = 0
+    """If not 0, in training the layer adds the experts' mean outputs over every n-th token to the statistics."""
 
     def forward(self, x_TD: Tensor, tokens: Tokens, replay: Selection | None = None) -> Routing:
         """Route x_TD [T, D]; with `replay`, take that selection instead of choosing one."""

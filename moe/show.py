@@ -154,7 +154,8 @@ def _feed_forward(model: Model, layer: int) -> str:
     if moe is None or not is_moe_layer(model, layer):
         return f"dense {ffn_hidden(model, layer)}"
     shared = f" + shared {moe.shared_hidden}{' gated' if moe.shared_gate else ''}" if moe.shared_hidden else ""
-    return f"{moe.top_k} of {moe.num_experts} experts of {moe.expert_hidden}{shared}"
+    latent = f" in latent {moe.latent_dim}" if moe.latent_dim else ""
+    return f"{moe.top_k} of {moe.num_experts} experts of {moe.expert_hidden}{latent}{shared}"
 
 
 def _idle(model: Model, counts: dict[str, int]) -> int:

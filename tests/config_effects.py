@@ -222,6 +222,7 @@ def of_router(name: str, **changes: tuple[Any, Any] | tuple[Any, Any, tuple[str,
 WEIGHT = (0.0, 10.0)
 SCOPE = ("sequence", "micro_batch")
 CAPACITY = (0.0, 0.5)
+ESTIMATOR = ("chosen", "dense_mixer")
 TWO_GROUPS = ("model.moe.router.num_groups=2",)
 GROUPS: dict[str, Any] = {
     "num_groups": (1, 2),
@@ -241,10 +242,11 @@ NEW_ROUTERS: dict[str, Effect] = (
         balance_scope=SCOPE,
         device_weight=(*WEIGHT, TWO_GROUPS),
         communication_weight=(*WEIGHT, TWO_GROUPS),
+        estimator=ESTIMATOR,
     )
     | of_router("expert_threshold", memory=(0.0, 0.9), z_weight=WEIGHT, **LIMIT)
     | of_router("frozen_random")
-    | of_router("gpt_oss", normalize=(True, False), **LOADED)
+    | of_router("gpt_oss", normalize=(True, False), estimator=ESTIMATOR, **LOADED)
     | of_router("grin", jitter=(0.01, 0.5), **LOADED)
     | of_router("gshard", normalize=(True, False), balance_weight=WEIGHT, balance_scope=SCOPE, capacity_factor=CAPACITY)
     | of_router("llama4", **LOADED)
@@ -259,7 +261,14 @@ NEW_ROUTERS: dict[str, Effect] = (
         balance_scope=SCOPE,
     )
     | of_router("noisy_topk", normalize=(True, False), importance_weight=WEIGHT, load_weight=WEIGHT)
-    | of_router("quantile", memory=(0.0, 0.9), normalize=(True, False), scaling_factor=(1.0, 2.5), z_weight=WEIGHT)
+    | of_router(
+        "quantile",
+        memory=(0.0, 0.9),
+        normalize=(True, False),
+        scaling_factor=(1.0, 2.5),
+        estimator=("chosen", "default_vector"),
+        z_weight=WEIGHT,
+    )
     | of_router("quantile_batch", iterations=(1, 8), normalize=(True, False), z_weight=WEIGHT)
     | of_router("remoe", start=(1e-8, 1.0), factor=(1.2, 3.0), **LIMIT)
     | of_router("simbal", normalize=(True, False), orthogonal_weight=WEIGHT, z_weight=WEIGHT)
@@ -267,7 +276,7 @@ NEW_ROUTERS: dict[str, Effect] = (
     | of_router(
         "smebu",
         score=("sigmoid", "sqrt_softplus"),
-        estimator=("chosen", "dense_mixer"),
+        estimator=ESTIMATOR,
         **GROUPS,
         **LOADED,
         bias_rate=(0.0, 0.5),
@@ -283,7 +292,7 @@ NEW_ROUTERS: dict[str, Effect] = (
         scaling_factor=(1.0, 2.5),
         noise=("jitter", "gaussian"),
         noise_scale=(0.01, 0.5),
-        estimator=("chosen", "dense_mixer"),
+        estimator=ESTIMATOR,
         **LOADED,
         capacity_factor=CAPACITY,
     )
@@ -338,6 +347,7 @@ EFFECTS: dict[str, Effect] = {
     "model.moe.expert_hidden": Effect(parameters, 8, 16),
     "model.moe.shared_hidden": Effect(parameters, 0, 8),
     "model.moe.shared_gate": Effect(parameters, False, True, ("model.moe.shared_hidden=8",)),
+    "model.moe.latent_dim": Effect(parameters, 0, 4),
     "model.moe.backend": Effect(calls, "reference", "torch"),
     "model.moe.first_dense": Effect(parameters, 0, 1),
     "model.moe.every": Effect(parameters, 1, 2),
@@ -355,7 +365,7 @@ EFFECTS: dict[str, Effect] = {
     "model.moe.router[loss_free].num_groups": Effect(routed, 1, 2, LOSS_FREE),
     "model.moe.router[loss_free].top_groups": Effect(routed, 1, 2, (*LOSS_FREE, *TWO_GROUPS)),
     "model.moe.router[loss_free].estimator": Effect(routed, "chosen", "dense_mixer", LOSS_FREE),
-    "model.moe.router[topk].estimator": Effect(losses, "chosen", "dense_mixer"),
+    "model.moe.router[topk].estimator": Effect(losses, "chosen", "sparse_mixer"),
     "model.moe.router[loss_free].bias_rate": Effect(losses, 0.0, 10.0, LOSS_FREE),
     "model.moe.router[loss_free].normalize": Effect(losses, True, False, LOSS_FREE),
     "model.moe.router[loss_free].scaling_factor": Effect(losses, 1.0, 2.5, LOSS_FREE),

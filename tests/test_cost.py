@@ -79,6 +79,7 @@ MODELS = {
     "latent with query rank": model(attention=replace(LATENT, q_rank=12), moe=EXPERTS),
     "experts": model(moe=EXPERTS),
     "shared and gated": model(moe=replace(EXPERTS, shared_hidden=20, shared_gate=True)),
+    "latent experts": model(moe=replace(EXPERTS, latent_dim=12, shared_hidden=20)),
     "every other layer after one dense": model(num_layers=5, moe=replace(EXPERTS, first_dense=1, every=2)),
     "widths per layer": model(ffn_hidden_per_layer=(8, 24, 40)),
     "one of one": model(moe=replace(EXPERTS, num_experts=1, top_k=1, router=TopK(gate="full"))),

@@ -1,22 +1,32 @@
-"""docs/routers.md against the routers there are; its example is written to a file outside the package and trained."""
+"""docs/routers.md and `moe show` against the routers there are; the page's example is a file outside the package, and trained."""
 
 import re
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_runs import tiny_run
 
-from moe.config.load import known_routers, resolve_router
+from moe.config.load import known_routers, load, resolve_router
+from moe.config.schema import balances
 from moe.moe_layer import MoELayer, auxiliary_loss
+from moe.routers._estimators import Estimator
 from moe.routing import Tokens
+from moe.show import show
 from moe.train import train
 
 TEXT = (Path(__file__).parents[1] / "docs/routers.md").read_text(encoding="utf-8")
 
 
+def rows_of(section: str) -> list[tuple[str, str]]:
+    """(name, other cells) of the table in a section of the page."""
+    text = TEXT.split(f"## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `(\w+)` \|(.*)\|$", text, re.MULTILINE)
+
+
 def test_every_router_has_a_row():
-    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", TEXT, re.MULTILINE)
+    rows = rows_of("Which one")
     assert sorted(name for name, _ in rows) == known_routers()
     for name, rest in rows:
         assert len(rest.split(" | ")) == 3, name
@@ -30,6 +40,23 @@ def test_a_router_is_one_short_file_that_names_its_choices_and_its_source(name):
     assert [choice for choice in choices if choice not in (module.__doc__ or "")] == []
     assert len(Path(str(module.__file__)).read_text().splitlines()) < 120
     assert module.Config().source
+
+
+def test_every_estimator_has_a_row():
+    assert [name for name, _ in rows_of("What teaches the router")] == list(typing.get_args(Estimator))
+
+
+@pytest.mark.parametrize("name", known_routers())
+def test_show_prints_the_sources_convention_and_both_coefficients(name, capsys):
+    run = load("recipes/smoke.py", [f"model.moe.router={name}"])
+    show(run, [])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert run.model.moe is not None
+    router = run.model.moe.router
+    assert " ".join(router.source.split()) in shown
+    for label, balance in balances(router):
+        theirs = f"{balance.weight:g} (1.0 is balance), or {balance.weight / 2:g} where f is not divided by K"
+        assert f"{label} weight {theirs}; scope {balance.scope}" in shown
 
 
 @pytest.fixture

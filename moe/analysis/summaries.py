@@ -74,7 +74,7 @@ def measured_flops(run: RunRows, expected_rows: float | None) -> float:
     moe = run.config["model"].get("moe")
     if not moe or expected_rows is None:
         return flops
-    row_flops = 18 * run.config["model"]["dim"] * moe["expert_hidden"]
+    row_flops = 18 * (moe.get("latent_dim") or run.config["model"]["dim"]) * moe["expert_hidden"]
     return flops + row_flops * sum(measured - expected_rows for measured in rows_per_position(run).values())
 
 

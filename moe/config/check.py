@@ -139,6 +139,11 @@ def _layers(model: Model) -> Iterator[str]:
         )
     if moe is None:
         return
+    if moe.latent_dim >= model.dim:
+        yield (
+            f"model.moe.latent_dim ({moe.latent_dim}) must be less than model.dim ({model.dim}), or it only adds two products: "
+            f"use latent_dim={max(1, model.dim // 4)}, or 0 for experts in model.dim"
+        )
     if moe.first_dense >= layers:
         yield (
             f"model.moe.first_dense ({moe.first_dense}) must be less than model.num_layers ({layers}): "

@@ -150,6 +150,8 @@ class MoE:
     """Hidden size of the shared expert that every token passes; 0 for none."""
     shared_gate: bool = False
     """Multiply the shared expert's output by a learned sigmoid of the token (Qwen2-MoE)."""
+    latent_dim: NonNegativeInt = 0
+    """Width that routed experts work in, between two matrices that they share (LatentMoE, arXiv 2601.18089); 0: dim."""
     router: Annotated[RouterConfig, WithJsonSchema({"type": "object"})]
     """Who goes where; see `moe/routers`."""
     backend: Literal["auto", "reference", "torch", "triton", "block_sparse"] = "auto"
@@ -448,6 +450,11 @@ def is_moe_layer(model: Model, layer: int) -> bool:
     """Whether block `layer` (0-based) has experts."""
     moe = model.moe
     return moe is not None and layer >= moe.first_dense and (layer - moe.first_dense + 1) % moe.every == 0
+
+
+def expert_dim(model: Model) -> int:
+    """Width of what goes into and comes out of a routed expert."""
+    return (model.moe.latent_dim if model.moe is not None else 0) or model.dim
 
 
 def ffn_hidden(model: Model, layer: int) -> int:

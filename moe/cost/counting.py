@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, ffn_hidden, is_moe_layer
+from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, expert_dim, ffn_hidden, is_moe_layer
 
 Number = TypeVar("Number", int, float)
 
@@ -20,7 +20,7 @@ class Part(NamedTuple):
     """One component of a block, or of what surrounds the blocks."""
 
     component: str
-    """embedding, norm, attention, ffn, router, experts, shared or head."""
+    """embedding, norm, attention, ffn, router, experts, latent, shared or head."""
     total: int
     """Parameters."""
     active: int
@@ -81,7 +81,7 @@ def train_flops_per_token(model: Model, sequence_length: int, *, causal_half: bo
 
 
 def flops_by_component(model: Model, sequence_length: int, *, causal_half: bool = False) -> dict[str, float]:
-    """Forward FLOPs per token of attention, scores, ffn, router, experts, shared and head, where the model has them."""
+    """Forward FLOPs per token of attention, scores, ffn, router, experts, latent, shared and head, where the model has them."""
     per_layer = flops_by_layer(model, sequence_length, causal_half=causal_half)
     around = [(part.component, 2 * part.multiplied) for part in _around(model) if part.multiplied]
     return _sum([pair for layer in per_layer for pair in layer.items()] + around)
@@ -116,13 +116,15 @@ def _block(model: Model, layer: int) -> list[Part]:
     assert moe is not None
     router = moe.router.parameters(dim=model.dim, num_experts=moe.num_experts, top_k=moe.top_k)
     rows = moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
-    expert = 3 * model.dim * moe.expert_hidden
+    expert = 3 * expert_dim(model) * moe.expert_hidden
     parts = [
         norms,
         _attention(model),
         Part("router", router, router, router),
         Part("experts", moe.num_experts * expert, moe.top_k * expert, rows * expert),
     ]
+    if moe.latent_dim:
+        parts.append(Part("latent", *(2 * model.dim * moe.latent_dim,) * 3))
     if moe.shared_hidden:
         gate = model.dim if moe.shared_gate else 0
         parts.append(_swiglu("shared", model.dim, moe.shared_hidden, gate))

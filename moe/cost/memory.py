@@ -65,7 +65,8 @@ def _block_bytes(model: Model, layer: int, size: int) -> float:
     router = router_input + 2 * FLOAT32 * moe.num_experts + _choice_bytes(model, layer)
     shared = _swiglu_bytes(moe.shared_hidden, size) if moe.shared_hidden else 0
     shared_gate = 2 * size * model.dim if moe.shared_gate else 0
-    return kept + router + 2 * rows * moe.expert_hidden * size + shared + shared_gate
+    latent = 2 * size * moe.latent_dim  # what goes into the experts and what comes out of them
+    return kept + router + 2 * rows * moe.expert_hidden * size + latent + shared + shared_gate
 
 
 def _choice_bytes(model: Model, layer: int) -> int:

@@ -46,7 +46,7 @@ def _densify(model: Model, sequence_length: int) -> Model:
     """The dense model of nearest FLOPs, of one width in the former expert layers if that is near enough."""
     layers = moe_layers(model)
     parts = flops_by_layer(model, sequence_length)[layers[0]]
-    exact = sum(parts.get(name, 0) for name in ("router", "experts", "shared")) / (2 * 3 * model.dim)
+    exact = sum(parts.get(name, 0) for name in ("router", "experts", "latent", "shared")) / (2 * 3 * model.dim)
     uniform = max(MULTIPLE, MULTIPLE * int(exact / MULTIPLE + 0.5))
     twin = _with_widths(model, dict.fromkeys(layers, uniform))
     if abs(_difference(model, twin, sequence_length)) <= TOLERANCE or exact < MULTIPLE:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moe.balance import balance_loss, capacity_of, score_statistics, z_loss
 from moe.config.schema import Balance
+from moe.routers._estimators import DECAY, STRIDE, hears_of_others, with_estimator
 from moe.routing import (
     Counts,
     Loss,
@@ -21,12 +22,38 @@ from moe.routing import (
 
 
 class LinearRouter(Router):
-    """A router with one vector per expert, weight_ED, that knows its settings and its place."""
+    """A router with one vector per expert, weight_ED, that knows its settings and its place.
+
+    With the estimator `default_vector` it also has default_ED, the running mean of each expert's outputs; a router with an
+    `update` of its own calls this one's too.
+    """
+
+    default_ED: Tensor | None
 
     def __init__(self, config: Any, *, dim: int, num_experts: int, top_k: int, layer: int, seed: int):
         super().__init__()
         self.config, self.top_k, self.layer, self.seed = config, top_k, layer, seed
         self.weight_ED = nn.Parameter(torch.empty(num_experts, dim))
+        stands_in = getattr(config, "estimator", "chosen") == "default_vector"
+        self.output_stride = STRIDE if stands_in else 0
+        self.register_buffer("default_ED", torch.zeros(num_experts, dim) if stands_in else None)
+
+    def with_estimator(
+        self, routing: Routing, score_TE: Tensor, expert_TK: Tensor, tokens: Tokens, *, normalize: bool
+    ) -> Routing:
+        """What the config's estimator adds to a routing whose weights are these scores, times the scaling factor if any."""
+        if not hears_of_others(self.config.estimator):
+            return routing
+        score_TE = score_TE / score_TE.gather(1, expert_TK).sum(1, keepdim=True).detach() if normalize else score_TE
+        score_TE = score_TE * getattr(self.config, "scaling_factor", 1.0)
+        return with_estimator(routing, self.config.estimator, score_TE, expert_TK, tokens, default_ED=self.default_ED)
+
+    @torch.no_grad()
+    def update(self, statistics: Counts) -> None:
+        if self.default_ED is not None and "output_sum_ED" in statistics:
+            rows_E1 = statistics["output_rows_E"].unsqueeze(1)
+            change_ED = statistics["output_sum_ED"] / rows_E1.clamp(min=1) - self.default_ED
+            self.default_ED += (1 - DECAY) * torch.where(rows_E1 > 0, change_ED, 0.0).to(self.default_ED.dtype)
 
 
 def kept_rows(top_k: int, capacity_factor: float) -> float:

@@ -6,13 +6,14 @@ the same over the groups' sums; of communication, with f the share of tokens tha
 Without groups (the default, where devices mean nothing) this is DeepSeekMoE's gate, that of DeepSeek-V2-Lite.
 
 Scoring: linear softmax. Selection: k best in the best groups. Gate: full probability, scaled. Balancing: expert, device and
-communication losses. Gradient estimator: the chosen experts.
+communication losses. Gradient estimator: chosen, DenseMixer or default vectors.
 """
 
 import torch
 from torch import Tensor
 
 from moe.config.schema import Balance, NonNegativeFloat, PositiveFloat, PositiveInt, RouterConfig, config
+from moe.routers._estimators import Straight, estimator_rows, hears_of_others
 from moe.routers._gates import gate, refuse_constant_gate
 from moe.routers._parts import LinearRouter, choice_balance, mean_over_rows, token_choice
 from moe.routers._scores import linear_logits
@@ -32,6 +33,8 @@ class Config(RouterConfig):
     """Divide the chosen probabilities by their sum."""
     scaling_factor: PositiveFloat = 1.0
     """Multiplies every weight (DeepSeek-V2: 16; V2-Lite: 1)."""
+    estimator: Straight = "chosen"
+    """What teaches the router; moe/routers/_estimators.py. dense_mixer computes all experts (E/K of the FLOPs)."""
     balance: Balance = Balance(weight=0.003, scope="sequence")
     """Load-balancing loss over experts."""
     device_weight: NonNegativeFloat = 0.05
@@ -42,12 +45,12 @@ class Config(RouterConfig):
     source = "0.003, 0.05 and 0.02 on losses that are 1.0 at balance, within each sequence: as here"
 
     def rows_per_token(self, *, num_experts: int, top_k: int) -> float:
-        """K."""
-        return float(top_k)
+        """K, and what an estimator computes besides."""
+        return top_k + estimator_rows(self.estimator, num_experts=num_experts, top_k=top_k)
 
     def check(self, *, num_experts: int, top_k: int) -> None:
         """Refuse a router whose gradient is zero, and groups that do not fit."""
-        refuse_constant_gate(top_k, self.normalize)
+        refuse_constant_gate(top_k, self.normalize and not hears_of_others(self.estimator))
         check_groups(num_experts, top_k, self.num_groups, self.top_groups)
 
 
@@ -68,7 +71,7 @@ class Router(LinearRouter):
         losses = {"balance": choice_balance(score_TE, expert_TK, tokens, config.balance, self.layer)}
         if config.num_groups > 1:
             losses |= self._group_losses(score_TE, expert_TK, tokens)
-        return token_choice(
+        routing = token_choice(
             expert_TK,
             gate(score_TE, expert_TK, normalize=config.normalize, scaling_factor=config.scaling_factor),
             tokens,
@@ -77,6 +80,7 @@ class Router(LinearRouter):
             logits_TE=logits_TE,
             losses=losses,
         )
+        return self.with_estimator(routing, score_TE, expert_TK, tokens, normalize=config.normalize)
 
     def _group_losses(self, score_TE: Tensor, expert_TK: Tensor, tokens: Tokens) -> dict[str, Loss]:
         """Balance of rows over groups (equation 20), and of tokens that reach a group (equation 25)."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from moe.config.schema import Balance, NonNegativeFloat, PositiveFloat, RouterConfig, config
-from moe.random import token_keys, uniform
-from moe.routers._estimators import sparse_mixer
+from moe.routers._estimators import sampled, scaled
 from moe.routers._parts import LinearRouter, balance_and_z, token_choice
 from moe.routers._scores import linear_logits
 from moe.routing import Routing, Selection, Tokens
@@ -69,15 +68,11 @@ class Router(LinearRouter):
 
     def _choose(self, p_TE: Tensor, tokens: Tokens, turn: int, forced_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """One expert per token and its weight."""
-        key_T = token_keys(tokens, seed=self.seed, layer=self.layer, purpose=f"grin turn {turn}")
-        draw_TE = uniform(key_T, p_TE.shape[1] + 1)
-        # the largest log p - log(-log u) is a sample from p (Gumbel's trick)
-        noisy_TE = p_TE.detach().log() - (-draw_TE[:, 1:].log()).log() if self.training else p_TE
-        expert_T = noisy_TE.topk(1, dim=1).indices.squeeze(1) if forced_T is None else forced_T
-        weight_T = p_TE.gather(1, expert_T.unsqueeze(1)).squeeze(1)
-        if self.training:
-            weight_T = sparse_mixer(weight_T, weight_T.detach() == p_TE.detach().amax(1), draw_TE[:, 0])
-        return expert_T, weight_T
+        if not self.training:
+            expert_T = p_TE.topk(1, dim=1).indices.squeeze(1) if forced_T is None else forced_T
+            return expert_T, p_TE.gather(1, expert_T.unsqueeze(1)).squeeze(1)
+        expert_T, factor_T = sampled(p_TE.detach(), tokens, turn, seed=self.seed, layer=self.layer, forced_T=forced_T)
+        return expert_T, scaled(p_TE.gather(1, expert_T.unsqueeze(1)).squeeze(1), factor_T)
 
 
 def near_best(left_TE: Tensor, logits_TE: Tensor, jitter: float) -> Tensor:

@@ -6,7 +6,7 @@ selection only: never in the gate, and without gradient. A sequence-wise balance
 safeguard. With groups, a token chooses within the groups whose two best biased scores have the largest sum.
 
 Scoring: linear, sigmoid or sqrt(softplus). Selection: k best of score + bias, in the best groups. Gate: score without bias,
-renormalised. Balancing: sign steps of the bias, sequence-wise loss. Gradient estimator: the chosen, or DenseMixer.
+renormalised. Balancing: sign steps of the bias, sequence-wise loss. Gradient estimator: chosen, DenseMixer, default vectors.
 """
 
 from typing import Literal
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe.config.schema import Balance, NonNegativeFloat, PositiveFloat, PositiveInt, RouterConfig, config
 from moe.routers._bias import load_sign
-from moe.routers._estimators import Estimator, with_estimator
+from moe.routers._estimators import Straight, estimator_rows, hears_of_others
 from moe.routers._gates import gate, refuse_constant_gate
 from moe.routers._parts import LinearRouter, balance_and_z, kept_rows, token_choice
 from moe.routers._scores import linear_logits, scores, shares
@@ -40,8 +40,8 @@ class Config(RouterConfig):
     """Divide the chosen scores by their sum."""
     scaling_factor: PositiveFloat = 1.0
     """Multiplies every weight (DeepSeek-V3: 2.5)."""
-    estimator: Estimator = "chosen"
-    """What teaches the router: the chosen experts, or all of them, computed for the gradient alone (E/K of the FLOPs)."""
+    estimator: Straight = "chosen"
+    """What teaches the router; moe/routers/_estimators.py. dense_mixer computes all experts (E/K of the FLOPs)."""
     balance: Balance = Balance(weight=0.0001, scope="sequence")
     """Complementary load-balancing loss."""
     z_weight: NonNegativeFloat = 0.0
@@ -52,13 +52,14 @@ class Config(RouterConfig):
     source = "bias_rate 0.001 and sequence-wise balance 0.0001 as DeepSeek-V3, whose f is divided by K as ours is"
 
     def rows_per_token(self, *, num_experts: int, top_k: int) -> float:
-        """K, or less where capacity cannot hold the balanced load; E if an estimator computes every expert."""
-        kept = kept_rows(top_k, self.capacity_factor)
-        return kept if self.estimator == "chosen" else kept + num_experts - top_k
+        """K, or less where capacity cannot hold the balanced load, and what an estimator computes besides."""
+        return kept_rows(top_k, self.capacity_factor) + estimator_rows(
+            self.estimator, num_experts=num_experts, top_k=top_k
+        )
 
     def check(self, *, num_experts: int, top_k: int) -> None:
         """Refuse a router whose gradient is zero, and groups that do not fit."""
-        refuse_constant_gate(top_k, self.normalize and self.estimator == "chosen")
+        refuse_constant_gate(top_k, self.normalize and not hears_of_others(self.estimator))
         check_groups(num_experts, top_k, self.num_groups, self.top_groups)
 
 
@@ -89,9 +90,13 @@ class Router(LinearRouter):
             logits_TE=logits_TE,
             losses=balance_and_z(share_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer),
         )
-        every_TE = score_TE * config.scaling_factor
-        return with_estimator(routing, config.estimator, every_TE, expert_TK, tokens, normalize=config.normalize)
+        return self.with_estimator(routing, score_TE, expert_TK, tokens, normalize=config.normalize)
 
     @torch.no_grad()
     def update(self, statistics: Counts) -> None:
-        self.bias_E += self.config.bias_rate * load_sign(statistics["counts_E"])
+        super().update(statistics)
+        self.bias_E += self.bias_step(statistics["counts_E"])
+
+    def bias_step(self, counts_E: Tensor) -> Tensor:
+        """What the bias moves by after a step with these loads [E]."""
+        return self.config.bias_rate * load_sign(counts_E)

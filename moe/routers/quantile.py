@@ -7,7 +7,7 @@ expert's column, over all tokens of the step. A few steps balance any fixed scor
 The quantile comes from a histogram, which adds up over micro-batches and ranks.
 
 Scoring: linear sigmoid. Selection: k best of score - β. Gate: score, renormalised. Balancing: quantiles of the last step.
-Gradient estimator: the chosen experts.
+Gradient estimator: chosen, DenseMixer or default vectors.
 """
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from moe.balance import z_loss
 from moe.config.schema import NonNegativeFloat, OpenFraction, PositiveFloat, RouterConfig, config
 from moe.routers._bias import histogram, upper_quantile
+from moe.routers._estimators import Straight, estimator_rows, hears_of_others
 from moe.routers._gates import gate, refuse_constant_gate
 from moe.routers._parts import LinearRouter, token_choice
 from moe.routers._scores import linear_logits, shares
@@ -36,18 +37,20 @@ class Config(RouterConfig):
     """Divide the chosen scores by their sum."""
     scaling_factor: PositiveFloat = 1.0
     """Multiplies every weight."""
+    estimator: Straight = "chosen"
+    """What teaches the router; moe/routers/_estimators.py. dense_mixer computes all experts (E/K of the FLOPs)."""
     z_weight: NonNegativeFloat = 0.0
     """Coefficient of the router z-loss."""
 
     source = "no loss; β from the last step's quantiles, exact there, from a histogram of 2048 bins here"
 
     def rows_per_token(self, *, num_experts: int, top_k: int) -> float:
-        """K."""
-        return float(top_k)
+        """K, and what an estimator computes besides."""
+        return top_k + estimator_rows(self.estimator, num_experts=num_experts, top_k=top_k)
 
     def check(self, *, num_experts: int, top_k: int) -> None:
         """Refuse a router whose gradient is zero."""
-        refuse_constant_gate(top_k, self.normalize)
+        refuse_constant_gate(top_k, self.normalize and not hears_of_others(self.estimator))
 
 
 class Router(LinearRouter):
@@ -67,7 +70,7 @@ class Router(LinearRouter):
         priced_TE = score_TE.detach() - self.price_E
         expert_TK = top_k(priced_TE, self.top_k, replay)
         bar_T1 = priced_TE.topk(min(self.top_k + 1, E), dim=1).values[:, -1:]
-        return token_choice(
+        routing = token_choice(
             expert_TK,
             gate(score_TE, expert_TK, normalize=config.normalize, scaling_factor=config.scaling_factor),
             tokens,
@@ -77,9 +80,11 @@ class Router(LinearRouter):
             losses={"z": z_loss(logits_TE, tokens, config.z_weight)},
             statistics={"excess_EQ": histogram(score_TE.detach() - bar_T1, tokens, LOW, HIGH)},
         )
+        return self.with_estimator(routing, score_TE, expert_TK, tokens, normalize=config.normalize)
 
     @torch.no_grad()
     def update(self, statistics: Counts) -> None:
+        super().update(statistics)
         E = self.weight_ED.shape[0]
         price_E = upper_quantile(statistics["excess_EQ"], self.top_k / E, LOW, HIGH)
         memory = self.config.memory

@@ -5,7 +5,7 @@ s divided by its sum over the chosen (`selected`, which for softmax equals the s
 Qwen3 with norm_topk_prob). With k = 1, `full`, jitter and capacity this is Switch; `full` is OLMoE's and Qwen2-MoE's gate.
 
 Scoring: linear, with optional noise in training. Selection: k best. Gate: score, whole or renormalised. Balancing: loss,
-z-loss. Gradient estimator: the chosen experts, or DenseMixer.
+z-loss. Gradient estimator: the chosen experts, DenseMixer, default vectors, or SparseMixer-v2, which samples in training.
 """
 
 from typing import Literal
@@ -15,7 +15,7 @@ from torch import Tensor
 from moe.config.schema import Balance, NonNegativeFloat, PositiveFloat, RouterConfig, config
 from moe.errors import ConfigError
 from moe.random import normal, token_keys
-from moe.routers._estimators import Estimator, with_estimator
+from moe.routers._estimators import Estimator, estimator_rows, hears_of_others, sampled_top_k, scaled
 from moe.routers._gates import gate, refuse_constant_gate
 from moe.routers._parts import LinearRouter, balance_and_z, kept_rows, token_choice
 from moe.routers._scores import Score, jittered, linear_logits, scores, shares
@@ -38,7 +38,7 @@ class Config(RouterConfig):
     noise_scale: NonNegativeFloat = 0.0
     """Size of the noise; 0 exactly when noise is "none"."""
     estimator: Estimator = "chosen"
-    """What teaches the router: the chosen experts, or all of them, computed for the gradient alone (E/K of the FLOPs)."""
+    """What teaches the router; moe/routers/_estimators.py. dense_mixer computes all experts (E/K of the FLOPs)."""
     balance: Balance = Balance(weight=0.01, scope="global")
     """Load-balancing loss."""
     z_weight: NonNegativeFloat = 0.001
@@ -47,18 +47,19 @@ class Config(RouterConfig):
     """Rows an expert takes from a batch row, over the balanced number; later tokens are dropped. 0: dropless."""
 
     source = (
-        "f is divided by K (Switch, Megatron, OLMoE's own code): their coefficients are ours; where f is not divided by K "
-        "(transformers' Mixtral, OLMoE and Qwen classes) the loss is K times ours, so our weight is their coefficient times K"
+        "balance 0.01 and z 0.001 as OLMoE, whose f is divided by K as in Switch and Megatron: their coefficients are ours; "
+        "transformers' Mixtral, OLMoE and Qwen classes do not divide: their loss is K times ours, our weight theirs times K"
     )
 
     def rows_per_token(self, *, num_experts: int, top_k: int) -> float:
-        """K, or less where capacity cannot hold the balanced load; E if an estimator computes every expert."""
-        kept = kept_rows(top_k, self.capacity_factor)
-        return kept if self.estimator == "chosen" else kept + num_experts - top_k
+        """K, or less where capacity cannot hold the balanced load, and what an estimator computes besides."""
+        return kept_rows(top_k, self.capacity_factor) + estimator_rows(
+            self.estimator, num_experts=num_experts, top_k=top_k
+        )
 
     def check(self, *, num_experts: int, top_k: int) -> None:
         """Refuse a router whose gradient is zero, and noise without size."""
-        constant = self.gate == "selected" and self.estimator == "chosen"
+        constant = self.gate == "selected" and not hears_of_others(self.estimator)
         refuse_constant_gate(top_k, constant, "gate 'selected'", "gate='full'")
         if (self.noise == "none") != (self.noise_scale == 0):
             raise ConfigError(
@@ -73,17 +74,19 @@ class Router(LinearRouter):
     def __init__(self, config: Config, **place: int):
         super().__init__(config, **place)
         bounded = "at_most_one" if config.score == "softmax" else "free"
-        self.weights_sum = "free" if config.scaling_factor != 1 else "one" if config.gate == "selected" else bounded
+        free = config.scaling_factor != 1 or config.estimator == "sparse_mixer"
+        self.weights_sum = "free" if free else "one" if config.gate == "selected" else bounded
 
     def forward(self, x_TD: Tensor, tokens: Tokens, replay: Selection | None = None) -> Routing:
         config, normalize = self.config, self.config.gate == "selected"
         logits_TE = self._noisy_logits(x_TD, tokens)
         score_TE = scores(config.score, logits_TE)
         share_TE = shares(config.score, score_TE)
-        expert_TK = top_k(score_TE, self.top_k, replay)
+        expert_TK, factor_TK = self._choice(score_TE, share_TE, tokens, replay)
+        weight_TK = gate(score_TE, expert_TK, normalize=normalize, scaling_factor=config.scaling_factor)
         routing = token_choice(
             expert_TK,
-            gate(score_TE, expert_TK, normalize=normalize, scaling_factor=config.scaling_factor),
+            weight_TK if factor_TK is None else scaled(weight_TK, factor_TK),
             tokens,
             num_experts=score_TE.shape[1],
             capacity_factor=config.capacity_factor,
@@ -91,8 +94,17 @@ class Router(LinearRouter):
             logits_TE=logits_TE,
             losses=balance_and_z(share_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer),
         )
-        every_TE = score_TE * config.scaling_factor
-        return with_estimator(routing, config.estimator, every_TE, expert_TK, tokens, normalize=normalize)
+        return self.with_estimator(routing, score_TE, expert_TK, tokens, normalize=normalize)
+
+    def _choice(
+        self, score_TE: Tensor, share_TE: Tensor, tokens: Tokens, replay: Selection | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The experts of each token, and the factors of their weights where SparseMixer-v2 samples them."""
+        expert_TK = top_k(score_TE, self.top_k, replay)
+        if self.config.estimator != "sparse_mixer" or not self.training:
+            return expert_TK, None
+        forced_TK = None if replay is None else expert_TK
+        return sampled_top_k(share_TE, self.top_k, tokens, seed=self.seed, layer=self.layer, forced_TK=forced_TK)
 
     def _noisy_logits(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         noise = self.config.noise if self.training else "none"
