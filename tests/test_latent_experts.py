@@ -68,6 +68,7 @@ def test_default_vectors_are_those_of_the_models_width():
     x = torch.randn(1, 24, D, dtype=torch.float64)
     _, routing = layer(x)
     tokens, x_TD = Tokens.of_hidden(x), x[0]
+    assert layer.into_latent is not None and layer.out_of_latent is not None
     inside = output_sums(layer.experts, None, layer.into_latent(x_TD), routing, tokens, stride=8)["output_sum_ED"]
     assert routing.statistics["output_sum_ED"].shape == (E, D)
     assert torch.allclose(routing.statistics["output_sum_ED"], inside @ layer.out_of_latent.weight.t())

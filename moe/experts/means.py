@@ -13,9 +13,9 @@ def output_sums(
 ) -> Counts:
     """Sum of each expert's outputs, before any gate, over its rows of every stride-th token of a batch row, and their count.
 
-    `after` is a linear map that follows the experts. Additive: output_sum_ED [E, D] float32 (float64 stays), output_rows_E
-    [E] int64. The routing has the same number of rows for every token. Which tokens are taken is a function of position and step, the same in every layout, and moves on each step.
-    One more forward pass of the experts over 1/stride of the rows.
+    `after` is a linear map that follows the experts. The routing has the same number of rows for every token. Additive:
+    output_sum_ED [E, D] float32 (float64 stays), output_rows_E [E] int64. Which tokens are taken is a function of position and
+    step, the same in every layout, and moves on each step. One more forward pass of the experts over 1/stride of the rows.
     """
     T, E, B = x_TD.shape[0], routing.num_experts, tokens.num_rows
     S, K = T // max(B, 1), routing.expert_R.shape[0] // max(T, 1)
