@@ -7,7 +7,6 @@ by the compile-only driver: every stage runs, no value is compared, and the reco
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -18,13 +17,28 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import gpu_stages
+import gpu_correct
+import gpu_speed
 import torch
-from gpu_stages import STAGES, Check, Json
+from gpu_page import markdown
+from gpu_run import Check, Stage, outcome, read_record
 
 from moe_triton.compile_only import compiling
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+STAGES: dict[str, Stage] = {
+    "facts": gpu_speed.facts,
+    "parity": gpu_correct.parity,
+    "races": gpu_correct.races,
+    "graph": gpu_correct.graph,
+    "bench": gpu_speed.bench,
+    "kernels": gpu_speed.kernels,
+    "peers": gpu_speed.peers,
+    "tune": gpu_speed.tune,
+}
+"""In order of value."""
 
 
 def run_stage(check: Check, stage: str) -> bool:
@@ -53,84 +67,10 @@ def run_stage(check: Check, stage: str) -> bool:
     return True
 
 
-def read_record(record: Path) -> list[Json]:
-    """The lines of an earlier run; one that was cut off in the middle of its last line loses that line."""
-    lines = record.read_text().splitlines() if record.exists() else []
-    results = []
-    for number, line in enumerate(lines, 1):
-        try:
-            results.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{record}, line {number}: not JSON: delete the line") from None
-            record.write_text("".join(f"{whole}\n" for whole in lines[:-1]))
-    return results
-
-
-def outcome(result: Json) -> str:
-    """An item's result in a word or a sentence."""
-    if "skipped" in result:
-        return f"skipped: {result['skipped']}"
-    return "ok" if result["ok"] else f"FAILED: {result['error']}"
-
-
-def markdown(check: Check) -> str:
-    """The page of results: those of this device and these versions."""
-    by_stage = {stage: [line for line in check.latest() if line["stage"] == stage] for stage in STAGES}
-    text = [
-        "# Kernels on a GPU",
-        "",
-        f"{check.key()}; {time.strftime('%Y-%m-%d')}. Written by `scripts/gpu_check` from `{check.record.name}`.",
-        "Times are medians of 20, layers interleaved in one process, bfloat16; TFLOP/s counts useful FLOPs only.",
-        "",
-        *_table("stage | passed | failed | skipped", [_tally(stage, lines) for stage, lines in by_stage.items()]),
-        *(f"{line['stage']}, {line['item']}: {outcome(line)}" for line in check.latest() if not line["ok"]),
-    ]
-    layers = [row for line in by_stage["bench"] + by_stage["peers"] for row in _layer_rows(line)]
-    headers = "shape, routing | layer | forward ms | both ms | quartiles | TFLOP/s | of the floor | peak GiB"
-    text += ["", "## Layers", "", *_table(headers, layers)]
-    rows = [row for line in by_stage["kernels"] for row in _kernel_rows(line)]
-    headers = "shape | kernel | measured ms | predicted ms | TFLOP/s | TB/s"
-    return "\n".join([*text, "", "## Kernels", "", *_table(headers, rows)]) + "\n"
-
-
-def _table(headers: str, rows: list[list[str]]) -> list[str]:
-    count = headers.count("|") + 1
-    return [f"| {headers} |", "| --- " * count + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
-def _tally(stage: str, lines: list[Json]) -> list[str]:
-    skipped, failed = sum("skipped" in line for line in lines), sum(not line["ok"] for line in lines)
-    return [stage, *map(str, (len(lines) - failed - skipped, failed, skipped))]
-
-
-def _layer_rows(line: Json) -> list[list[str]]:
-    rows = []
-    for arm, found in line.get("arms", {}).items():
-        both, low, high, _ = found["both"]
-        rates = [f"{line['useful_flops'] / both / 1e12:.0f}", f"{line['floor_seconds'] / both:.0%}"]
-        if arm == "dense":
-            rates[1] = "-"  # it moves other bytes
-        times = [f"{found['forward'][0] * 1e3:.2f}", f"{both * 1e3:.2f}", f"{low * 1e3:.2f} to {high * 1e3:.2f}"]
-        peak = f"{found['peak_bytes'] / 2**30:.2f}" if found["peak_bytes"] is not None else "-"
-        rows.append([line["item"], arm, *times, *rates, peak])
-    return rows + [[line["item"], arm, why, *["-"] * 5] for arm, why in line.get("failed", {}).items()]
-
-
-def _kernel_rows(line: Json) -> list[list[str]]:
-    rows = []
-    for name, kernel in line.get("kernels", {}).items():
-        seconds = kernel["measured"]
-        if seconds:
-            rates = [f"{kernel['flops'] / seconds / 1e12:.0f}", f"{kernel['bytes'] / seconds / 1e12:.2f}"]
-            rows.append([line["item"], name, f"{seconds * 1e3:.3f}", f"{kernel['predicted'] * 1e3:.3f}", *rates])
-    return rows
-
-
 def publish(check: Check) -> None:
     """Write the page, and copy page and record to $OUT (at most six files, the trace and tuned.json included)."""
     page = check.record.with_suffix(".md")
-    page.write_text(markdown(check))
+    page.write_text(markdown(check, STAGES))
     out = os.environ.get("OUT")
     if out and not check.rehearse:
         for path in (page, check.record):
@@ -161,11 +101,9 @@ def main() -> int:
         check = Check(arguments.rehearse, device, record, arguments.minutes * 60, arguments.retry)
         check.lines = read_record(record)
         launches: list[Any] = stack.enter_context(compiling("sm_90")) if arguments.rehearse else []
-        if arguments.child == ["races"]:
-            gpu_stages.awkward_step(check)
-            return 0
         if arguments.child:
-            gpu_stages.compile_share(check, *arguments.child)
+            task, *rest = arguments.child
+            {"races": gpu_correct.awkward_step, "compile": gpu_correct.compile_share}[task](check, *rest)
             return 0
         complete = all([run_stage(check, stage) for stage in arguments.stages or STAGES])
         publish(check)

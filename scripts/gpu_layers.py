@@ -103,6 +103,36 @@ def _scattermoe(shape: Shape, inputs: Inputs) -> Arm:
     }
 
 
+def _megablocks(shape: Shape, inputs: Inputs) -> Arm:
+    """Its dropless GLU layer on grouped products, with weights of its own."""
+    arguments = import_module("megablocks.layers.arguments").Arguments(
+        hidden_size=shape.D,
+        ffn_hidden_size=shape.F,
+        moe_num_experts=shape.E,
+        moe_top_k=round(shape.K),
+        mlp_type="glu",
+        mlp_impl="grouped",
+        activation_fn=silu,
+        bias=False,
+        return_bias=False,
+        fp16=False,
+        bf16=True,
+        device=inputs["x_TD"].device,
+    )
+    module = import_module("megablocks.layers.dmoe").ParallelDroplessMLP(arguments)
+
+    def layer(x: Tensor, expert_TK: Tensor, weight_TK: Tensor, **_: Tensor) -> Tensor:
+        out = module(x.unsqueeze(1), None, weight_TK, expert_TK)
+        return (out[0] if isinstance(out, tuple) else out).squeeze(1)
+
+    return layer, {
+        "x": inputs["x_TD"],
+        "expert_TK": inputs["expert_R"].view(shape.T, -1),
+        "weight_TK": inputs["weight_R"].detach().to(inputs["x_TD"].dtype).view(shape.T, -1).requires_grad_(),
+        **dict(module.named_parameters()),
+    }
+
+
 ARMS: dict[str, Callable[[Shape, Inputs], Arm]] = {
     "ours": _ours,
     "ours_recompute": _ours_recompute,
@@ -110,8 +140,9 @@ ARMS: dict[str, Callable[[Shape, Inputs], Arm]] = {
     "dense": _dense,
     "liger": _liger,
     "scattermoe": _scattermoe,
+    "megablocks": _megablocks,
 }
-"""The last two follow other projects' interfaces of 2026; where those have moved, the failure is reported, not repaired."""
+"""The last three follow other projects' interfaces of 2026; where those have moved, the failure is reported, not repaired."""
 
 
 def step_of(arm: Arm, dy_TD: Tensor, *, backward: bool) -> Callable[[], object]:

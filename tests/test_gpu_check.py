@@ -23,7 +23,11 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "kernels_interpreted
 from moe_triton.ffn import OPS  # noqa: E402
 
 gpu_check: Any = import_module("gpu_check")
-Check, STAGES = gpu_check.Check, gpu_check.STAGES
+Check, STAGES, read_record = gpu_check.Check, gpu_check.STAGES, gpu_check.read_record
+
+
+def page(check: Any) -> str:
+    return gpu_check.markdown(check, STAGES)
 
 
 def script(*arguments: object) -> subprocess.CompletedProcess:
@@ -45,7 +49,7 @@ def test_a_rehearsal_runs_every_stage(tmp_path):
     for op in OPS:
         assert f"{op}_kernel" in first.stdout or f"{op}_fwd_kernel" in first.stdout
     bench = [line for line in lines if line["stage"] == "bench"]
-    assert len(bench) == 32 and all(set(line["arms"]) == {"ours", "grouped_mm", "dense"} for line in bench), bench[0][
+    assert len(bench) == 36 and all(set(line["arms"]) == {"ours", "grouped_mm", "dense"} for line in bench), bench[0][
         "failed"
     ]
     assert (tmp_path / "results.md").read_text().startswith("# Kernels on a GPU")
@@ -54,12 +58,12 @@ def test_a_rehearsal_runs_every_stage(tmp_path):
 def test_a_record_that_was_cut_off_loses_its_last_line_alone(tmp_path):
     record = tmp_path / "results.jsonl"
     record.write_text('{"stage": "facts"}\n{"stage": "par')
-    assert gpu_check.read_record(record) == [{"stage": "facts"}]
+    assert read_record(record) == [{"stage": "facts"}]
     assert record.read_text() == '{"stage": "facts"}\n'
-    assert gpu_check.read_record(tmp_path / "none.jsonl") == []
+    assert read_record(tmp_path / "none.jsonl") == []
     record.write_text('{"stage": "par\n{"stage": "facts"}\n')
     with pytest.raises(ValueError, match="line 1: not JSON"):
-        gpu_check.read_record(record)
+        read_record(record)
 
 
 def test_without_a_gpu_it_says_so_and_names_the_rehearsal():
@@ -100,8 +104,8 @@ def test_failures_are_results_and_run_again_only_when_asked(check, monkeypatch):
     check.retry = True
     assert gpu_check.run_stage(check, "graph")
     assert [line["ok"] for line in check.latest()] == [True, True, False]
-    assert "| graph | 2 | 1 | 0 |" in gpu_check.markdown(check)
-    assert "graph, broken: FAILED: RuntimeError: out of luck" in gpu_check.markdown(check)
+    assert "| graph | 2 | 1 | 0 |" in page(check)
+    assert "graph, broken: FAILED: RuntimeError: out of luck" in page(check)
 
 
 def test_a_stage_stops_when_its_time_is_over(check, monkeypatch):
@@ -137,8 +141,8 @@ def test_the_page_has_times_rates_and_what_did_not_run(check):
     )
     kernel = {"measured": 0.004, "predicted": 0.0028, "flops": 2.2e12, "bytes": 4.4e9}
     check.add("kernels", "OLMoE", {"ok": True, "kernels": {"up": kernel}, "small": {}})
-    page = gpu_check.markdown(check)
-    assert "| OLMoE, uniform | ours | 7.00 | 22.00 | 21.90 to 22.20 | 450 | 60% | 1.00 |" in page
-    assert "| OLMoE, uniform | dense | 5.00 | 15.00 | 15.00 to 15.00 | 660 | - | - |" in page
-    assert "| OLMoE, uniform | liger | ModuleNotFoundError" in page
-    assert "| OLMoE | up | 4.000 | 2.800 | 550 | 1.10 |" in page
+    text = page(check)
+    assert "| OLMoE, uniform | ours | 7.00 | 22.00 | 21.90 to 22.20 | 450 | 60% | 1.00 |" in text
+    assert "| OLMoE, uniform | dense | 5.00 | 15.00 | 15.00 to 15.00 | 660 | - | - |" in text
+    assert "| OLMoE, uniform | liger | ModuleNotFoundError" in text
+    assert "| OLMoE | up | 4.000 | 2.800 | 550 | 1.10 |" in text
