@@ -7,6 +7,7 @@ import json
 import os
 from io import StringIO
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from moe import profile as profiler
 from moe.errors import UserError
-from moe_triton import roofline
+from moe_triton import roofline, roofline_page
 from moe_triton.roofline import MACHINES, Shape, floor_seconds, predict, saved_bytes
 
 # Forward+backward ms of the least that a dataflow needs; GiB saved; GB moved. ours | scattermoe | grouped_mm on H100,
@@ -51,6 +52,15 @@ def test_floors_and_bytes_equal_the_published_table(row, shape):
         assert rounds_to(saved_bytes(shape, flow) / 2**30, text), (flow, text)
     for value, text in zip(roofline.moved_bytes(shape), row[7].split("/"), strict=True):
         assert rounds_to(value / 1e9, text)
+
+
+def test_the_grid_is_the_published_tables():
+    assert list(roofline.GRID.values()) == SHAPES
+
+
+def test_the_page_of_the_roofline_is_what_the_command_writes():
+    page = Path(__file__).parents[1] / "docs/kernel_roofline.md"
+    assert page.read_text() == roofline_page.markdown(), "write it anew: python -m moe_triton.roofline_page"
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.T == 32768], ids=str)

@@ -43,6 +43,20 @@ class Shape:
         return round(self.T * self.K)
 
 
+GRID: dict[str, Shape] = {
+    "OLMoE": Shape(32768, 2048, 1024, 64, 8),
+    "Qwen3-30B, 8k": Shape(8192, 2048, 768, 128, 8),
+    "Qwen3-30B, 32k": Shape(32768, 2048, 768, 128, 8),
+    "Qwen3-235B": Shape(32768, 4096, 1536, 128, 8),
+    "SonicMoE's default": Shape(32768, 4096, 1024, 128, 8),
+    "Qwen3-Next": Shape(32768, 2048, 512, 512, 10),
+    "Mixtral-like": Shape(16384, 4096, 14336, 8, 2),
+    "gpt-oss": Shape(32768, 2880, 2880, 32, 4),
+    "small": Shape(8192, 1024, 512, 64, 4),
+}
+"""The layers that published measurements name, and a small one."""
+
+
 # ------------------------------------------------------------------------------------------------------------ machines
 
 
