@@ -8,8 +8,6 @@ another tool's reading of the same binary. Times and values are not looked at: t
 
 import os
 import re
-import subprocess
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -21,23 +19,19 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 
 import triton
 import triton.language as tl
+from gate_matrix import CASES, JOBS, Job, compile_all, problems_of
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
-from moe_triton import plan, roofline, tuning
-from moe_triton.compile_only import _NVIDIA_TOOLS, SHAPES, CompileCase, all_cases, compile_case, compiling, facts
-from moe_triton.targets import TARGETS, nearest
-
-CASES = [(module, case) for module, cases in all_cases().items() for case in cases]
-IDS = [f"{module}-{case.name}" for module, case in CASES]
-GATE_SHAPES = {**SHAPES, "ragged": (1000, 488)}
-"""Ragged: aligned, but no multiple of a tile."""
+from moe_triton import roofline, tuning
+from moe_triton.compile_only import SHAPES, CompileCase, assembled, compile_case, compiling, facts
+from moe_triton.targets import TARGETS
 
 # What the default suite compiles; the marker `full` has everything else.
 SLICE = (
-    ("ffn-swiglu", "sm_90", "aligned"),
-    ("ffn-swiglu", "gfx942", "unaligned"),
-    ("block_sparse-block_128", "sm_100", "aligned"),
+    Job("ffn-swiglu", "sm_90", "aligned", 128),
+    Job("ffn-relu2_biased_input", "gfx942", "unaligned", 64),
+    Job("block_sparse-block_128", "sm_100", "aligned", 128),
 )
 
 
@@ -120,17 +114,14 @@ def test_a_tall_tile_on_the_small_matrix_unit_fails():
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_registers_are_those_of_the_binary(target, tmp_path):
+def test_registers_and_spills_are_those_that_the_assembler_reports(target):
     with compiling(target) as launches:
         toy(64, 64, 32, stages=2).run(torch.bfloat16, *SHAPES["aligned"])
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(launches[0].asm["cubin"])
-    usage = subprocess.run(
-        [str(_NVIDIA_TOOLS / "cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True
-    )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
-    fact = facts(launches[0], target)
-    assert found is not None and (int(found[1]), int(found[2])) == (fact.registers, fact.spills)
+        if target == "sm_80":
+            toy(128, 256, 16, warps=4).run(torch.bfloat16, *SHAPES["aligned"])
+    for launch in launches:
+        fact = facts(launch, target)
+        assert (fact.registers, fact.spills) == assembled(launch.asm["ptx"])
 
 
 def test_a_wrong_argument_fails_as_on_a_gpu():
@@ -156,84 +147,48 @@ def test_a_case_that_launches_nothing_fails():
 # ------------------------------------------------------------------------------------------------------- the gate
 
 
-def check(module: str, case: CompileCase, target: str, shape: str) -> None:
-    problems = [problem for fact in compile_case(case, target, *GATE_SHAPES[shape]) for problem in fact.problems()]
-    assert not problems, "\n".join([f"{module}, {case.name}, {shape}:", *problems])
-
-
 def test_every_module_with_kernels_has_cases():
-    assert {"ffn", "block_sparse"} <= {module for module, _ in CASES}
-    assert len(set(IDS)) == len(IDS)
-    assert {entry[0] for entry in SLICE} <= set(IDS)
+    assert {"ffn-swiglu", "block_sparse-block_128"} <= CASES.keys()
+    assert set(SLICE) <= set(JOBS)
 
 
-@pytest.mark.parametrize("name, target, shape", SLICE)
-def test_slice(name, target, shape):
-    module, case = CASES[IDS.index(name)]
-    check(module, case, target, shape)
+def test_the_matrix_has_every_row_at_every_height_on_every_target_for_every_case():
+    met = {row for job in JOBS for row in job.rows()}
+    for name, case in CASES.items():
+        for op in case.ops:
+            for target in case.targets:
+                for row in tuning.rows_for(op, target):
+                    heights = [height for height in row.heights if case.height in (0, height)]
+                    assert all((name, target, f"{op}: {row}", height) in met for height in heights), (name, op, row)
+    assert {op for case in CASES.values() for op in case.ops} >= {op for row in tuning.TABLE for op in row.ops}
 
 
-@pytest.mark.full
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("module, case", CASES, ids=IDS)
-def test_every_case(module, case, target, shape):
-    if target not in case.targets:
-        pytest.skip(f"{case.name} is refused on {target}")
-    check(module, case, target, shape)
-
-
-def rows_at(op: str, target: str, height: int, shape: str) -> list[tuning.Row]:
-    """Rows of the table that an operator may be launched with at this height of row tiles, by either kind of shape."""
-    over_rows = op in ("w_down_bwd", "w_up_bwd")  # their tiles are of weights: one height, whatever that of rows
-    if over_rows and height != 128:
-        return []
-    return [
-        row for row in tuning.rows_for(op, target) if height in row.heights and row.aligned == (shape != "unaligned")
-    ]
-
-
-def rounds() -> list[tuple[str, int, str, int]]:
-    """(target, height, shape, n): in round n every operator is forced to the n-th of its rows, so that each is compiled."""
-    return [
-        (target, height, shape, n)
-        for target in TARGETS
-        for height in (128, 64, 32, 16)
-        for shape in GATE_SHAPES
-        for n in range(max(len(rows_at(op, target, height, shape)) for op in tuning.OPS))
-    ]
-
-
-@pytest.mark.full
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("target, height, shape, n", rounds())
-def test_every_row_of_the_tuning_table(monkeypatch, target, height, shape, n):
-    case = CASES[IDS.index("ffn-swiglu")][1]
-    chosen = {op: rows_at(op, target, height, shape)[n:] for op in tuning.OPS}
-    monkeypatch.setattr(plan, "tile_rows", lambda *_: height)
-    with ExitStack() as stack:
-        for op, rows in chosen.items():
-            if rows:
-                stack.enter_context(tuning.forced(op, {"BLOCK_M": height, **rows[0].config}))
-        launches = stack.enter_context(compiling(target))
-        case.run(torch.bfloat16, *GATE_SHAPES[shape])
-    compiled = {re.sub(r"_(fwd_)?kernel$", "", launch.kernel): launch for launch in launches}
-    problems = []
-    for op, rows in chosen.items():
-        if rows:
-            tile = {name: value for name, value in rows[0].config.items() if name.isupper()}
-            assert {"BLOCK_M": height, **tile}.items() <= compiled[op].constants.items(), f"{op} does not ask the table"
-            problems += facts(compiled[op], target).problems()
+@pytest.mark.parametrize("job", SLICE, ids=str)
+def test_slice(job):
+    problems = problems_of(job)
     assert not problems, "\n".join(problems)
 
 
-# ------------------------------------------------------------------------------------------- the table and the model
+@pytest.fixture(scope="module")
+def matrix(request) -> dict[Job, list[str]]:
+    """Problems of every job that this run asks for, compiled by one process per core: two to twenty minutes."""
+    wanted = [item.callspec.params["job"] for item in request.session.items if "matrix" in item.fixturenames]
+    return compile_all(wanted)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_every_case_with_every_row_of_the_tuning_table(matrix, job):
+    assert not matrix[job], "\n".join(matrix[job])
+
+
+# ------------------------------------------------------------------------------------------- the model
 
 
 def test_launches_have_the_tiles_that_the_roofline_counts():
     """Grids of the real wrappers on sm_90, against the model's tiles for the same rows per expert."""
-    case = CASES[IDS.index("ffn-swiglu")][1]
+    case = CASES["ffn-swiglu"]
     D, F = SHAPES["aligned"]
     with compiling("sm_90") as launches:
         case.run(torch.bfloat16, D, F)
@@ -247,77 +202,3 @@ def test_launches_have_the_tiles_that_the_roofline_counts():
         columns = -(-(D if kernel.name in ("down", "input_bwd") else F) // kernel.config["BLOCK_N"])
         slack = 0 if kernel.name.startswith("w_") else E * columns
         assert kernel.tiles <= grids[kernel.name] <= kernel.tiles + slack, kernel.name
-
-
-@pytest.mark.parametrize("target", [*TARGETS, "sm_86", "sm_120", "sm_103", "gfx950"])
-@pytest.mark.parametrize("op", tuning.OPS)
-def test_every_size_has_a_row(op, target):
-    for height in (16, 32, 64, 128):
-        for D, F in ((2048, 1024), (64, 32), (97, 47), (2880, 2880), (1, 1), (8192, 16384)):
-            config = tuning.pick(op, rows_per_expert=height, D=D, F=F, dtype=torch.bfloat16, target=target)
-            assert config["BLOCK_M"] == (128 if op in ("w_down_bwd", "w_up_bwd") else height)
-            assert {"BLOCK_N", "BLOCK_K", "GROUP", "num_warps", "num_stages"} <= set(config)
-            assert ("SLICES" in config) == (op == "hidden_bwd")
-
-
-def test_every_row_of_the_table_gives_its_reason_and_is_reachable():
-    for row in tuning.TABLE:
-        assert row.reason and set(row.targets) <= set(TARGETS) and set(row.ops) <= set(tuning.OPS)
-    for op in tuning.OPS:
-        for target in TARGETS:
-            rows = tuning.rows_for(op, target)
-            for i, row in enumerate(rows):
-                shadowed = [
-                    earlier
-                    for earlier in rows[:i]
-                    if earlier.aligned <= row.aligned
-                    and earlier.columns <= row.columns
-                    and set(row.heights) <= set(earlier.heights)
-                ]
-                assert not shadowed, (op, target, row.reason)
-
-
-def test_operands_of_other_types_keep_the_bytes_of_a_step():
-    sizes = {"rows_per_expert": 512, "D": 2048, "F": 1024, "target": "sm_90"}
-    steps = {
-        dtype: tuning.pick("down", dtype=dtype, **sizes)["BLOCK_K"]
-        for dtype in (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
-    }
-    assert steps == {torch.bfloat16: 64, torch.float32: 32, torch.float8_e4m3fn: 128}
-
-
-@pytest.mark.parametrize("rows, height", [(0.5, 16), (16, 16), (17, 32), (32, 32), (33, 64), (100, 128), (9999, 128)])
-def test_height_follows_the_rows_of_an_expert(rows, height):
-    assert tuning.tile_height(rows, "sm_90") == height
-
-
-def test_the_plan_and_the_table_agree_on_heights():
-    for R, E in ((0, 8), (7, 8), (64, 8), (256, 8), (300, 7), (2048, 8), (262144, 64)):
-        assert plan.tile_rows(R, E) == tuning.tile_height(-(-R // E), "sm_90")
-
-
-def test_unknown_operators_and_architectures_name_the_known():
-    with pytest.raises(KeyError, match="the operators are up, down"):
-        tuning.pick("upp", rows_per_expert=1, D=1, F=1, dtype=torch.bfloat16, target="sm_90")
-    with pytest.raises(ValueError, match="the targets are sm_80"):
-        nearest("xe_hpg")
-
-
-def test_tuning_keeps_the_fastest_of_at_most_eight_and_never_measures_a_bucket_twice(tmp_path, monkeypatch):
-    file, measured = tmp_path / "tuned.json", []
-    where = {"D": 2048, "F": 1024, "dtype": torch.bfloat16, "target": "sm_90"}
-
-    def measure(run) -> float:
-        config = tuning.pick("down", rows_per_expert=500, **where)
-        measured.append(config)
-        return abs(config["num_stages"] - 4) + config["BLOCK_N"] / 1e4
-
-    best = tuning.tune("down", lambda: None, measure, file, rows_per_expert=500, **where)
-    assert 2 <= len(measured) <= tuning.MAX_CANDIDATES and best["num_stages"] == 4
-    assert tuning.pick("down", rows_per_expert=500, **where) != best  # opt-in
-    monkeypatch.setenv(tuning.FILE_VARIABLE, str(file))
-    assert tuning.pick("down", rows_per_expert=400, **where) == best  # the same bucket
-    assert tuning.pick("down", rows_per_expert=600, **where) != best
-    count = len(measured)
-    assert tuning.tune("down", lambda: None, measure, file, rows_per_expert=511, **where) == best
-    assert len(measured) == count

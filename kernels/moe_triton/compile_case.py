@@ -26,3 +26,5 @@ class CompileCase:
     """Where the case compiles; an operator that refuses an architecture leaves it out (fp8 on sm_80)."""
     ops: tuple[str, ...] = ()
     """Rows of the tuning table that the call asks for: the full gate forces each of their rows in turn."""
+    height: int = 0
+    """BLOCK_M, where the call itself fixes it (the block of a block-sparse product)."""

@@ -68,6 +68,8 @@ class Facts:
     """Bytes per thread that are stored to memory because registers ran out (gfx942: registers, not bytes)."""
     matrix: dict[str, int]
     """Matrix instructions by kind, those that occur."""
+    bulk_copies: int
+    """Instructions that copy a box of a tensor by descriptor (TMA)."""
     gemm: bool
     """Whether the kernel has a tl.dot at all."""
 
@@ -89,6 +91,8 @@ class Facts:
             found.append("has a tl.dot but no matrix instruction")
         elif self.gemm and self.height >= 64 and wanted not in self.matrix:
             found.append(f"has no {wanted} but {', '.join(self.matrix)} with tiles of {self.height} rows")
+        if self.constants.get("TMA") and not self.bulk_copies:
+            found.append(f"has TMA but no {BULK_COPY}")
         return [f"{self.kernel} on {self.target}, {self.constants}: {problem}" for problem in found]
 
 
@@ -162,6 +166,7 @@ def compiling(target: str, *, enforce_shared: bool = False) -> Iterator[list[Lau
 
 
 MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma")
+BULK_COPY = "cp.async.bulk.tensor"
 _NVIDIA_TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 
 
@@ -169,7 +174,7 @@ def facts(launch: Launch, target: str) -> Facts:
     """Registers, spills, shared memory and matrix instructions of a compiled launch."""
     if "ptx" in launch.asm:
         text = launch.asm["ptx"]
-        registers, spills = _ptxas(text)
+        registers, spills = _resources(launch.asm["cubin"], text)
     else:
         text = launch.asm["amdgcn"]
         registers, spills = (_number(text, rf"\.{name}:\s+(\d+)") for name in ("vgpr_count", "vgpr_spill_count"))
@@ -185,6 +190,7 @@ def facts(launch: Launch, target: str) -> Facts:
         registers=registers,
         spills=spills,
         matrix={name: count for name, count in counts.items() if count},
+        bulk_copies=text.count(BULK_COPY),
         gemm="tt.dot" in launch.asm["ttir"],
     )
 
@@ -196,8 +202,17 @@ def _number(text: str, pattern: str) -> int:
 
 
 @cache
-def _ptxas(ptx: str) -> tuple[int, int]:
-    """(registers per thread, bytes of spill stores) that the wheel's own assembler reports."""
+def _resources(cubin: bytes, ptx: str) -> tuple[int, int]:
+    """(registers per thread, bytes of spill stores). A binary without a stack has no spills; with one, the assembler says."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = _run(str(_NVIDIA_TOOLS / "cuobjdump"), "-res-usage", str(path)).stdout
+    return _number(usage, r"REG:(\d+)"), assembled(ptx)[1] if _number(usage, r"STACK:(\d+)") else 0
+
+
+def assembled(ptx: str) -> tuple[int, int]:
+    """(registers per thread, bytes of spill stores) that the wheel's own assembler reports: exact, and slow."""
     arch = re.search(r"\.target (\w+)", ptx)
     assert arch is not None
     # the wheel has two assemblers: from sm_100 on, triton takes the newer one
@@ -205,11 +220,15 @@ def _ptxas(ptx: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [str(tool), "-v", f"-arch={arch[1]}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        report = _run(str(tool), "-v", f"-arch={arch[1]}", str(source), "-o", str(Path(folder, "kernel.cubin"))).stderr
+    return _number(report, r"Used (\d+) registers"), _number(report, r"(\d+) bytes spill stores")
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(f"{tool.name} failed on {arch[1]}: {result.stderr}")
-    return _number(result.stderr, r"Used (\d+) registers"), _number(result.stderr, r"(\d+) bytes spill stores")
+        raise RuntimeError(f"{' '.join(command)} failed: {result.stderr}")
+    return result
 
 
 def compile_case(case: CompileCase, target: str, D: int, F: int, dtype: torch.dtype = torch.bfloat16) -> list[Facts]:

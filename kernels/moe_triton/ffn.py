@@ -300,14 +300,14 @@ def expert_ffn(
 def compile_cases() -> list[CompileCase]:
     """Forward and backward through the public function: the default, and every option that changes a kernel's body."""
 
-    def case(name: str, **options) -> CompileCase:
-        return CompileCase(name, True, lambda dtype, D, F: _trial(dtype, D, F, **options), ops=OPS)
+    def case(name: str, ops: tuple[str, ...] = OPS, **options) -> CompileCase:
+        return CompileCase(name, True, lambda dtype, D, F: _trial(dtype, D, F, **options), ops=ops)
 
     return [
         case("swiglu"),
         case("geglu_biased", activation="geglu", biased=True),
         case("relu2_biased_input", activation="relu2", biased=True, weight_on="input"),
-        case("recompute_hidden_float32_gradients", recompute="hidden", gradient_dtype=torch.float32),
+        case("recompute_hidden_float32_gradients", OPS[4:], recompute="hidden", gradient_dtype=torch.float32),
     ]
 
 

@@ -49,10 +49,10 @@ def compiling_only() -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch a kernel on the device of its first argument, a tensor; nothing is launched for an empty grid."""
+    """Launch a kernel on the device of its first tensor; nothing is launched for an empty grid."""
     if 0 in grid:
         return
-    device = arguments[0].device
+    device = next(argument for argument in arguments if isinstance(argument, torch.Tensor)).device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **options)
 

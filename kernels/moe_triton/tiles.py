@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton import tuning
 from moe_triton.plan import RoutingPlan
-from moe_triton.runtime import INTERPRETING, dot_precision, must_upcast, target
+from moe_triton.runtime import dot_precision, multiprocessors, must_upcast, target
 
 
 class Weights(NamedTuple):
@@ -29,16 +30,36 @@ def numerics(x: Tensor) -> dict[str, Any]:
     return {"ACC": acc, "UPCAST": must_upcast(x), "PRECISION": dot_precision(x)}
 
 
-def config(op: str, plan: RoutingPlan, *, D: int, F: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch options of one of the six products, from the tuning table."""
-    if INTERPRETING:
-        rows, depth = (64, 16) if op.startswith("w_") else (plan.tile_rows, 32)
-        options = {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_K": depth, "GROUP": 4}
-    else:
-        share = plan.token_P.shape[0] / max(plan.offsets_E1.shape[0] - 1, 1)
-        sizes = {"rows_per_expert": share, "D": D, "F": F, "dtype": dtype}
-        options = tuning.pick(op, **sizes, target=target(), tile_rows=plan.tile_rows)
-    return {"SLICES": 4, **options} if op in ("up", "hidden_bwd") else options
+def config(
+    op: str, plan: RoutingPlan, *, D: int, F: int, dtype: torch.dtype, described: tuple[Tensor | None, ...] = ()
+) -> dict[str, int]:
+    """Tile sizes and launch options of one of the six products, from the tuning table.
+
+    described: the operands of an operator that has a variant with descriptors; where one of them forbids it, the plain
+    variant is taken.
+    """
+    share = plan.token_P.shape[0] / max(plan.offsets_E1.shape[0] - 1, 1)
+    sizes = {"rows_per_expert": share, "D": D, "F": F, "dtype": dtype}
+    tma = all(operand is None or can_describe(operand) for operand in described)
+    return tuning.pick(op, **sizes, target=target(), tile_rows=plan.tile_rows, tma=tma)
+
+
+def can_describe(tensor: Tensor) -> bool:
+    """Whether the hardware can copy boxes of a contiguous tensor: it starts, and each of its rows, at a multiple of 16 bytes."""
+    row_bytes = tensor.shape[-1] * tensor.dtype.itemsize
+    return tensor.numel() > 0 and tensor.data_ptr() % 16 == 0 and row_bytes % 16 == 0
+
+
+def operand(tensor: Tensor | None, block: tuple[int, ...], tma: int) -> Any:
+    """What a kernel gets for a contiguous tensor: itself, or with `tma` a descriptor of boxes as large as `block`."""
+    if tensor is None or not tma:
+        return tensor
+    return TensorDescriptor.from_tensor(tensor, list(block))
+
+
+def num_programs(tiles: int, tma: int) -> int:
+    """Programs to launch for a number of tiles: one for each, or one for each multiprocessor that then walks over several."""
+    return min(tiles, multiprocessors()) if tma else tiles
 
 
 @triton.jit

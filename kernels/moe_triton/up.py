@@ -11,14 +11,25 @@ from torch import Tensor
 from moe_triton.activation import GATED_ACTIVATIONS, activate
 from moe_triton.plan import RoutingPlan
 from moe_triton.runtime import cdiv, launch
-from moe_triton.tiles import Weights, column_slices, config, multiply_add, numerics, rows_of_tile, swizzle, within
+from moe_triton.tiles import (
+    Weights,
+    column_slices,
+    config,
+    multiply_add,
+    num_programs,
+    numerics,
+    operand,
+    rows_of_tile,
+    swizzle,
+    within,
+)
 
 
 @triton.jit
 def up_fwd_kernel(
     x_ptr,  # [T, D] bf16
-    w_gate_ptr,  # [E, D, F] bf16
-    w_up_ptr,  # [E, D, F] bf16
+    w_gate_ptr,  # [E, D, F] bf16, with TMA its descriptor
+    w_up_ptr,  # [E, D, F] bf16, likewise
     b_gate_ptr,  # [E, F] bf16
     b_up_ptr,  # [E, F] bf16
     weight_ptr,  # [R] f32
@@ -45,59 +56,66 @@ def up_fwd_kernel(
     BLOCK_K: tl.constexpr,
     SLICES: tl.constexpr,
     GROUP: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """gate = x·W_gate, up = x·W_up, hidden = f(gate)·up, for one tile of rows of one expert and BLOCK_N hidden columns."""
-    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(F, BLOCK_N), GROUP)  # pyright: ignore[reportGeneralTypeIssues]
-    expert, first, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
-    if expert < 0:
-        return
-    row = tl.arange(0, BLOCK_M)
-    token = tl.load(token_ptr + first + row, mask=exists, other=0).to(tl.int64)
-    f = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_f = within(f, F, BLOCK_N)
-    d = tl.arange(0, BLOCK_K)
-    x_ptr += (token * D)[:, None]
-    at_w = d[:, None] * F + f[None, :]
-    up_w_ptr = w_up_ptr + expert * (D * F)
-    if GATED:
-        gate_w_ptr = w_gate_ptr + expert * (D * F)
-    gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    up = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for start in range(0, D, BLOCK_K):
-        in_d = within(start + d, D, BLOCK_K)
-        in_w = in_d[:, None] & in_f[None, :]
-        x = tl.load(x_ptr + (start + d)[None, :], mask=exists[:, None] & in_d[None, :], other=0)
-        if GATED:
-            gate = multiply_add(x, tl.load(gate_w_ptr + at_w, mask=in_w, other=0), gate, UPCAST, PRECISION)
-        up = multiply_add(x, tl.load(up_w_ptr + at_w, mask=in_w, other=0), up, UPCAST, PRECISION)
-        at_w += BLOCK_K * F
-    if WEIGH_INPUT:  # (s·x)·W = s·(x·W), scaled before anything is rounded
-        weight = tl.load(weight_ptr + tl.load(row_ptr + first + row, mask=exists, other=0), mask=exists, other=0).to(
-            ACC
-        )
-        gate *= weight[:, None]
-        up *= weight[:, None]
-    if BIASED:
-        if GATED:
-            gate += tl.load(b_gate_ptr + expert * F + f, mask=in_f, other=0).to(ACC)[None, :]
-        up += tl.load(b_up_ptr + expert * F + f, mask=in_f, other=0).to(ACC)[None, :]
-    if KEEP:
-        up_ptr += first * F
-        if GATED:
-            gate_ptr += first * F
-    hidden_ptr += first * F
-    WIDTH: tl.constexpr = BLOCK_N // SLICES
-    gates = column_slices(gate, SLICES)
-    ups = column_slices(up, SLICES)
-    for i in tl.static_range(SLICES):
-        f = column * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
-        at = row[:, None] * F + f[None, :]
-        in_slice = exists[:, None] & within(f, F, BLOCK_N)[None, :]
-        if KEEP:
-            if GATED:
-                tl.store(gate_ptr + at, gates[i], mask=in_slice)
-            tl.store(up_ptr + at, ups[i], mask=in_slice)
-        tl.store(hidden_ptr + at, activate(gates[i], ups[i], ACTIVATION, GATED), mask=in_slice)
+    """gate = x·W_gate, up = x·W_up, hidden = f(gate)·up, for one tile of rows of one expert and BLOCK_N hidden columns.
+
+    With TMA a program does every num_programs-th tile, and the weights come by descriptor; else one tile.
+    """
+    columns = tl.cdiv(F, BLOCK_N)
+    program = tl.program_id(0)
+    end = num_tiles * columns if TMA else program + 1
+    for index in range(program, end, tl.num_programs(0)):
+        tile, column = swizzle(index, num_tiles, columns, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+        expert, first, exists = rows_of_tile(schedule_ptr, offsets_ptr, tile, BLOCK_M)
+        if expert >= 0:
+            row = tl.arange(0, BLOCK_M)
+            token = tl.load(token_ptr + first + row, mask=exists, other=0).to(tl.int64)
+            f = column * BLOCK_N + tl.arange(0, BLOCK_N)
+            in_f = within(f, F, BLOCK_N)
+            d = tl.arange(0, BLOCK_K)
+            at_x = x_ptr + (token * D)[:, None]
+            at_w = d[:, None] * F + f[None, :]
+            gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+            up = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+            for start in range(0, D, BLOCK_K):
+                in_d = within(start + d, D, BLOCK_K)
+                in_w = in_d[:, None] & in_f[None, :]
+                x = tl.load(at_x + (start + d)[None, :], mask=exists[:, None] & in_d[None, :], other=0)
+                if GATED:
+                    if TMA:
+                        w = w_gate_ptr.load([expert.to(tl.int32), start, column * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
+                    else:
+                        w = tl.load(w_gate_ptr + expert * (D * F) + at_w, mask=in_w, other=0)
+                    gate = multiply_add(x, w, gate, UPCAST, PRECISION)
+                if TMA:
+                    w = w_up_ptr.load([expert.to(tl.int32), start, column * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
+                else:
+                    w = tl.load(w_up_ptr + expert * (D * F) + at_w, mask=in_w, other=0)
+                up = multiply_add(x, w, up, UPCAST, PRECISION)
+                at_w += BLOCK_K * F
+            if WEIGH_INPUT:  # (s·x)·W = s·(x·W), scaled before anything is rounded
+                place = tl.load(row_ptr + first + row, mask=exists, other=0)
+                weight = tl.load(weight_ptr + place, mask=exists, other=0).to(ACC)
+                gate *= weight[:, None]
+                up *= weight[:, None]
+            if BIASED:
+                if GATED:
+                    gate += tl.load(b_gate_ptr + expert * F + f, mask=in_f, other=0).to(ACC)[None, :]
+                up += tl.load(b_up_ptr + expert * F + f, mask=in_f, other=0).to(ACC)[None, :]
+            WIDTH: tl.constexpr = BLOCK_N // SLICES
+            gates = column_slices(gate, SLICES)
+            ups = column_slices(up, SLICES)
+            for i in tl.static_range(SLICES):
+                f = column * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
+                at = row[:, None] * F + f[None, :]
+                in_slice = exists[:, None] & within(f, F, BLOCK_N)[None, :]
+                if KEEP:
+                    if GATED:
+                        tl.store(gate_ptr + first * F + at, gates[i], mask=in_slice)
+                    tl.store(up_ptr + first * F + at, ups[i], mask=in_slice)
+                hidden = activate(gates[i], ups[i], ACTIVATION, GATED)
+                tl.store(hidden_ptr + first * F + at, hidden, mask=in_slice)
 
 
 def up(
@@ -115,14 +133,16 @@ def up(
     gated = activation in GATED_ACTIVATIONS
     gate_PF, up_PF = x_TD.new_empty(P if keep and gated else 0, F), x_TD.new_empty(P if keep else 0, F)
     hidden_PF = x_TD.new_empty(P, F)
-    options = config("up", plan, D=D, F=F, dtype=x_TD.dtype)
+    described = (weights.w_gate_EDF, weights.w_up_EDF)
+    options = config("up", plan, D=D, F=F, dtype=x_TD.dtype, described=described)
     tiles = plan.schedule.shape[0]
+    w_gate, w_up = (operand(w, (1, options["BLOCK_K"], options["BLOCK_N"]), options["TMA"]) for w in described)
     launch(
         up_fwd_kernel,
-        (tiles * cdiv(F, options["BLOCK_N"]),),
+        (num_programs(tiles * cdiv(F, options["BLOCK_N"]), options["TMA"]),),
         x_TD,
-        weights.w_gate_EDF,
-        weights.w_up_EDF,
+        w_gate,
+        w_up,
         weights.b_gate_EF,
         weights.b_up_EF,
         weight_R,

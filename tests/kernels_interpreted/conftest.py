@@ -17,6 +17,7 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*"]
 
 if not collect_ignore_glob:
     import triton.runtime.interpreter as interpreter
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     _patched: set[int] = set()
     _patch_lang = interpreter._patch_lang
@@ -51,7 +52,8 @@ if not collect_ignore_glob:
 
     def _recorded_call(executor, *arguments, **options):
         _names.append(executor.fn.__name__)
-        _ranges[:] = [_range(a) for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor)]
+        given = [a.base if isinstance(a, TensorDescriptor) else a for a in (*arguments, *options.values())]
+        _ranges[:] = [_range(a) for a in given if isinstance(a, torch.Tensor)]
         return _call(executor, *arguments, **options)
 
     def _check(kind: str, ptrs, mask) -> None:
@@ -71,9 +73,10 @@ if not collect_ignore_glob:
     _builder = interpreter.InterpreterBuilder
     _load, _store, _dot = _builder.create_masked_load, _builder.create_masked_store, _builder.create_dot
 
-    def _checked_load(builder, ptrs, mask, *rest):
-        _check("load", ptrs, mask)
-        return _load(builder, ptrs, mask, *rest)
+    def _checked_load(builder, ptrs, mask, *rest, **named):
+        # a descriptor brings its mask as an array
+        _check("load", ptrs, interpreter.TensorHandle(mask, tl.int1) if isinstance(mask, np.ndarray) else mask)
+        return _load(builder, ptrs, mask, *rest, **named)
 
     def _checked_store(builder, ptrs, value, mask, *rest):
         _check("store", ptrs, mask)

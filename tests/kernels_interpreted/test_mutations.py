@@ -23,7 +23,7 @@ CASE = Case(T=30, D=40, F=70, E=5, K=2, routing="empty_middle", biased=True)
 
 BUGS = {
     "the output is zero": ("combine.py", "total += value", "total += value * 0"),
-    "one expert is dropped": ("down.py", "if expert < 0:", "if expert < 0 or expert == 1:"),
+    "one expert is dropped": ("down.py", "if expert >= 0:", "if (expert >= 0) and (expert != 1):"),
     "gate and up are swapped": ("up.py", "activate(gates[i], ups[i],", "activate(ups[i], gates[i],"),
     "the weight is applied twice": (
         "combine.py",
@@ -38,8 +38,9 @@ BUGS = {
     ),
     "the last row of each expert is skipped": (
         "down.py",
-        "    row = tl.arange(0, BLOCK_M)\n",
-        "    row = tl.arange(0, BLOCK_M)\n    exists = first + row + 1 < tl.load(offsets_ptr + expert + 1)\n",
+        "            row = tl.arange(0, BLOCK_M)\n",
+        "            row = tl.arange(0, BLOCK_M)\n"
+        "            exists = first + row + 1 < tl.load(offsets_ptr + expert + 1)\n",
     ),
     "gradients of experts without rows are not written": (
         "weight_backward.py",
@@ -48,8 +49,8 @@ BUGS = {
     ),
     "dX lacks the gate": (
         "input_backward.py",
-        "            dgate = tl.load",
-        "            continue\n            dgate = tl.load",
+        "dx = multiply_add(dgate, w, dx, UPCAST, PRECISION)",
+        "pass",
     ),
     "hidden rows are not weighted for dW_down": ("hidden_backward.py", "        hidden *= weight[:, None]\n", ""),
     "ds sums the first column tile only": ("hidden_backward.py", "range(1, PARTS)", "range(1, 1)"),
@@ -83,7 +84,7 @@ BUGS = {
         "(first_row + tile * TILE_ROWS)",
         "(first_row + tile * 0)",
     ),
-    "the bias of W_up is forgotten": ("up.py", "        up += tl.load(b_up_ptr", "        tl.load(b_up_ptr"),
+    "the bias of W_up is forgotten": ("up.py", "    up += tl.load(b_up_ptr", "    tl.load(b_up_ptr"),
 }
 
 

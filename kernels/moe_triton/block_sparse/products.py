@@ -214,5 +214,6 @@ def compile_cases() -> list[CompileCase]:
     def ragged(dtype: torch.dtype, D: int, F: int) -> None:
         products(from_widths((64, 30), PackedExperts.of((F, 64), 64)), dtype, D)
 
-    blocks = [CompileCase(f"block_{block}", True, uniform(block)) for block in (16, 32, 64, 128)]
+    ops = ("sdd", "dsd")
+    blocks = [CompileCase(f"block_{block}", True, uniform(block), ops=ops, height=block) for block in (16, 32, 64, 128)]
     return [*blocks, CompileCase("ragged", True, ragged)]

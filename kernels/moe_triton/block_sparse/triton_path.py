@@ -7,14 +7,14 @@ order. Nothing is saved here; `products` has the gradients, which are the same t
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton import tuning
 from moe_triton.block_sparse.topology import Topology
-from moe_triton.runtime import cdiv, launch, next_power_of_two, target
+from moe_triton.runtime import cdiv, launch, target
 from moe_triton.tiles import multiply_add, numerics, swizzle
 
 
@@ -204,8 +204,7 @@ def dsd(
         out_bounds, dense_bounds = topology.row_bounds, topology.column_bounds
         uniform_out, uniform_dense = topology.uniform_rows, topology.uniform_columns
     num_tiles = offsets.shape[0] - 1
-    columns = min(max(next_power_of_two(N), 16), 128)
-    options = _options("dsd", topology.block, columns, (dense_KN, out_MN), not topology.uniform_columns)
+    options = _options("dsd", topology.block, N, (dense_KN, out_MN), not topology.uniform_columns)
     launch(
         dsd_kernel,
         (num_tiles * cdiv(N, options["BLOCK_N"]),),
@@ -224,7 +223,6 @@ def dsd(
         num_tiles,
         *dense_KN.stride(),
         *out_MN.stride(),
-        GROUP=8,
         UNIFORM_OUT=uniform_out,
         UNIFORM_DENSE=uniform_dense,
         TRANSPOSE=transpose,
@@ -235,17 +233,12 @@ def dsd(
     return out
 
 
-def _options(op: str, block: int, columns: int, dense: Sequence[Tensor], ragged: bool) -> dict[str, Any]:
-    """Tile and launch options: a tile of block × columns, how deep a step is, and how many warps share it.
+def _options(op: str, block: int, columns: int, dense: Sequence[Tensor], ragged: bool) -> dict[str, int]:
+    """Tile and launch options from the tuning table.
 
     dense: operands and result of any strides. Where these or ragged tiles forbid vector loads, each element needs its own
     address in registers, so steps are shallower.
     """
     aligned = not ragged and all(stride == 1 or stride % 16 == 0 for tensor in dense for stride in tensor.stride())
-    depth = 64 if aligned and dense[0].dtype.itemsize <= 2 and target() != "gfx942" else 32
-    options = {"BLOCK_M": block, "BLOCK_K": min(depth, max(block, 32)) if op == "sdd" else min(depth, block)}
-    if op == "dsd":
-        options["BLOCK_N"] = columns
-    # wgmma and tcgen05 take 64 rows and four warps at least; eight hold the addresses of unaligned tiles
-    warps = min(max(block * columns // 1024, (4 if aligned else 8) if block >= 64 else 1), 8)
-    return options | {"num_warps": warps, "num_stages": 2 if target() == "gfx942" else 3}
+    where = {"aligned": aligned, "dtype": dense[0].dtype, "target": target()}
+    return tuning.pick_block(op, block=block, columns=columns, **where)
