@@ -62,7 +62,10 @@ def z_loss(logits_TE: Tensor, tokens: Tokens, weight: float) -> Loss:
 
 @torch.no_grad()
 def score_statistics(share_TE: Tensor, logits_TE: Tensor, tokens: Tokens) -> Counts:
-    """Sums over valid tokens of the score entropy (nats) and of the top-1 margin, the token count, and the largest |logit|."""
+    """Sums over valid tokens: each expert's score, score entropy (nats), top-1 margin, squared logits; the largest |logit|.
+
+    Squares: the mean over experts of logit², and logsumexp(logits)², the z-loss before its mean.
+    """
     valid_T = tokens.valid_T
     entropy_T = torch.special.entr(share_TE).sum(1)
     top_T2 = share_TE.topk(min(2, share_TE.shape[1]), dim=1).values
@@ -72,6 +75,9 @@ def score_statistics(share_TE: Tensor, logits_TE: Tensor, tokens: Tokens) -> Cou
         "entropy_sum": (entropy_T * valid_T).sum(),
         "margin_sum": (margin_T * valid_T).sum(),
         "token_sum": valid_T.sum().float(),
+        "share_sum_E": valid_T.to(share_TE.dtype) @ share_TE,
+        "logit_square_sum": (logits_TE.square().mean(1) * valid_T).sum(),
+        "lse_square_sum": (logits_TE.logsumexp(1).square() * valid_T).sum(),
         "logit_max": logit_max,
     }
 

@@ -27,7 +27,7 @@ UsageError: Any = typer.BadParameter.__bases__[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line to its exit code: 0, 2 for a user's mistake, 1 for stopped training, 130 for Ctrl-C."""
+    """Run a command line to its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 1 for stopped training or a finding."""
     try:
         return run_main(lambda: app(args=arguments, prog_name="moe", standalone_mode=False))
     except UsageError as error:
@@ -97,6 +97,34 @@ def compare(
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a comparison")]) -> None:
     """Rebuild the report of a comparison from its files."""
     typer.echo(_lazy("moe.analysis.report", "build_report")(folder))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a sparse run, finished or not")],
+    json: Annotated[bool, typer.Option("--json", help="print JSON instead of words")] = False,
+) -> None:
+    """Say what is wrong with a run's routing, in which layers, since when, and what to change; exit code 1 if anything is."""
+    analysis = import_module("moe.analysis.doctor")
+    history, findings = analysis.examine(folder)
+    if json:
+        typer.echo(import_module("json").dumps(analysis.as_json(history, findings), indent=2))
+    else:
+        typer.echo(analysis.report(history, findings))
+    if findings:
+        raise typer.Exit(1)
+
+
+@app.command()
+def probe(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a sparse run with a checkpoint")],
+    rows: Annotated[int, typer.Option(min=2, help="validation rows to compare on")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the random choices")] = 0,
+) -> None:
+    """Replace the routing or the experts of the newest checkpoint, and write what that costs to probes.jsonl."""
+    module = import_module("moe.experiments.probe")
+    typer.echo(module.describe(module.probe(folder, rows=rows, seed=seed)))
+    typer.echo(f"written to {folder / 'probes.jsonl'}; 'moe doctor {folder}' reads it")
 
 
 @app.command()

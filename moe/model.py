@@ -1,7 +1,7 @@
 """The decoder-only transformer: pre-norm blocks of attention and a dense or expert feed-forward layer."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -175,6 +175,13 @@ def _mean_losses(routings: list[Routing]) -> tuple[dict[str, Tensor], Tensor | f
         if any(loss.weight for loss in layers):
             auxiliary = auxiliary + torch.stack([loss.value * loss.weight for loss in layers]).mean()
     return {name: mean.detach() for name, mean in means.items()}, auxiliary
+
+
+def balancing_loss(routings: list[Routing]) -> Tensor | None:
+    """The weighted auxiliary losses other than the z-loss, as they enter the objective; None if there are none."""
+    kept = [replace(r, losses={name: loss for name, loss in r.losses.items() if name != "z"}) for r in routings]
+    auxiliary = _mean_losses(kept)[1]
+    return auxiliary if isinstance(auxiliary, Tensor) else None
 
 
 # Operators whose results are the routing decision: kept, so that recomputation replays the choice instead of making it again.

@@ -461,6 +461,7 @@ EFFECTS: dict[str, Effect] = {
     "evaluation.every_steps": Effect(evaluations, 0, 1),
     "evaluation.rows": Effect(evaluations, 2, 3),
     "evaluation.final_rows": Effect(evaluations, 4, 5),
+    "evaluation.probe_rows": Effect(files, 0, 2),
     "checkpoint.every_steps": Effect(checkpoints, 0, 1),
     "checkpoint.keep_last": Effect(checkpoints, 1, 2, ("checkpoint.every_steps=1",)),
     # with a rate at which every step is worse than the one before, the best is the first

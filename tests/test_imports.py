@@ -207,6 +207,7 @@ def test_every_imported_package_is_a_declared_dependency():
         ("import moe.model", ("triton", "transformers", "datasets", "wandb", "matplotlib")),
         ("import moe.train", ("triton", "transformers", "datasets", "wandb", "tensorboard", "matplotlib")),
         ("import moe.analysis.report", ("torch", "triton")),
+        ("import moe.analysis.doctor", ("torch", "triton", "matplotlib")),
         ("import moe.cost", ("torch", "triton")),
         ("import moe_triton.reference", ("triton", "moe")),
         ("import moe_triton.chips", ("torch", "triton", "moe")),

@@ -32,7 +32,7 @@ def tiny_dict(folder: Path) -> dict[str, Any]:
             "optimizer": {"lr": 0.01},
             "device": "cpu",
         },
-        "evaluation": {"rows": 2, "final_rows": 4},
+        "evaluation": {"rows": 2, "final_rows": 4, "probe_rows": 2},
         "logging": {"console": "off"},
     }
 

@@ -381,6 +381,8 @@ class Evaluation:
     """Rows of the evaluations during training."""
     final_rows: PositiveInt = 256
     """Rows of the evaluation after the last step."""
+    probe_rows: NonNegativeInt = 8
+    """Validation rows on which each evaluation follows the routing (health.jsonl); 0 for no such measurements."""
 
 
 @config

@@ -103,6 +103,10 @@ class Corpus:
         assert step >= 0 and all(0 <= row < batch_rows for row in rows), (step, rows, batch_rows)
         return self._collate([self._train_row(step * batch_rows + row, seed) for row in rows], rows)
 
+    def train_sources(self, step: int, rows: Sequence[int], *, batch_rows: int) -> Tensor:
+        """The index in data.sources of each of the given rows of a step's batch [B], int64."""
+        return torch.tensor([self._schedule.locate(step * batch_rows + row)[0] for row in rows])
+
     def validation_batch(self, rows: Sequence[int]) -> Batch:
         """The given rows of the validation set, whose order is fixed and shuffled over all sources.
 

@@ -3,6 +3,8 @@
 step       one optimizer step
 loop       a run from set-up to summary
 evaluate   loss on fixed validation rows
+health     what each evaluation measures of the routing
+alarms     the doctor's findings while a run trains
 replay     recording and forcing of routing
 runlog     metrics, routing, evaluations, summary
 record     run.json, attempts, memory

@@ -26,6 +26,7 @@ from moe.parallel import Ranks
 from moe.train import record
 from moe.train.console import Console
 from moe.train.evaluate import EvaluationResult, evaluate
+from moe.train.health import measure, router_weights
 from moe.train.memory import require_memory
 from moe.train.mirrors import require_tensorboard
 from moe.train.replay import Recorder, Replayer
@@ -284,7 +285,7 @@ class Loop:
             self._count(result, time.perf_counter() - clock)
             self.log.step(step, result, time.perf_counter() - clock, self.tokens)
             if routing_step:
-                self.log.routing(step, result)
+                self.log.routing(step, result, router_weights(self.state.model))
             if self.nonfinite_in_a_row >= self.config.train.max_nonfinite_steps:
                 return "stopped", self._nonfinite_reason(), step
             improved = self._maybe_evaluate(step) if not result.stop or step == steps else False
@@ -314,6 +315,8 @@ class Loop:
             return False
         result = self._evaluate(evaluation.rows)
         self.log.evaluation(step, result, final=False)
+        if self.state.model.moe_layers() and evaluation.probe_rows:
+            self.log.health(step, measure(self.state, step, self.out))
         if final:
             self.log.evaluation(step, self._evaluate(evaluation.final_rows), final=True)
         improved = math.isfinite(result.loss) and (self.best is None or result.loss < self.best["loss"])

@@ -12,13 +12,16 @@ import torch
 from moe.config.schema import Run
 from moe.cost import mfu, parameters, peak_flops, train_flops_per_token
 from moe.files import write_json, write_whole
-from moe.metrics import SCHEMA_VERSION, JsonLines, routing_row
+from moe.metrics import SCHEMA_VERSION, JsonLines, router_weight_row, routing_row
 from moe.parallel import Ranks
 from moe.train import memory, record
+from moe.train.alarms import Alarms
 from moe.train.console import Console
 from moe.train.evaluate import EvaluationResult
 from moe.train.mirrors import Mirrors
 from moe.train.step import StepResult
+
+NAMES = ("metrics", "routing", "evals", "health", "alarms")
 
 
 class RunLog:
@@ -29,10 +32,12 @@ class RunLog:
         self.flops_per_token = train_flops_per_token(run.model, run.data.sequence_length)
         self.peak_flops = self._peak_flops()
         self.files: dict[str, JsonLines] = {}
+        self.router_weights: dict[int, np.ndarray] = {}
         if ranks.first:
             attempt = record.begin_attempt(out, begin, ranks, overrides)
-            self.files = {name: JsonLines(out / f"{name}.jsonl", attempt) for name in ("metrics", "routing", "evals")}
+            self.files = {name: JsonLines(out / f"{name}.jsonl", attempt) for name in NAMES}
             self.mirrors = Mirrors(run, out, console.say)
+            self.alarms = Alarms(run, out, begin) if run.model.moe is not None else None
 
     def _peak_flops(self) -> float | None:
         if self.run.logging.peak_tflops:
@@ -70,14 +75,38 @@ class RunLog:
             )
         self.console.step(step, result.loss, result.lr, result.grad_norm, speed)
 
-    def routing(self, step: int, result: StepResult) -> None:
-        """Log every expert layer's routing in a step."""
+    def routing(self, step: int, result: StepResult, weights: dict[int, np.ndarray]) -> None:
+        """Log every expert layer's routing in a step; `weights` are the router matrices, by layer, where there are any."""
         if not self.ranks.first:
             return
         for layer, statistics in result.statistics:
             # host sync: routing is logged every routing_every steps only
             fields = routing_row({name: value.cpu().numpy() for name, value in statistics.items()})
+            if layer in weights:
+                fields |= router_weight_row(weights[layer], self.router_weights.get(layer))
             self._write("routing", f"routing/layer{layer}", step, {"step": step, "layer": layer, **fields})
+        self.router_weights = weights
+        if self.alarms is not None and self.alarms.due(step):
+            self.look(step)
+
+    def health(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Log what an evaluation measured of the routing, a line per expert layer."""
+        if not self.ranks.first:
+            return
+        for row in rows:
+            self._write("health", f"health/layer{row['layer']}", step, row)
+        self.look(step)
+
+    def look(self, step: int) -> None:
+        """Raise an alarm for everything that the doctor finds for the first time."""
+        if not self.ranks.first or self.alarms is None:
+            return
+        for finding in self.alarms.look(step):
+            self._write("alarms", f"alarms/{finding.cause}", step, {"step": step, **finding.as_json()})
+            self.console.say(
+                f"ALARM at step {step}: {finding.cause}: {finding.what}, since step {finding.since} ({finding.sure}); "
+                f"try {finding.change}"
+            )
 
     def evaluation(self, step: int, result: EvaluationResult, *, final: bool) -> None:
         """Log an evaluation; the final one's losses per row are kept too."""
@@ -107,6 +136,8 @@ class RunLog:
 
     def _write(self, name: str, mirrored: str, step: int, row: dict[str, Any]) -> None:
         self.files[name].write(**row)
+        if self.alarms is not None:
+            self.alarms.add(name, row)
         self.mirrors.send({mirrored: row} if mirrored else row, step)
 
     def close(self, status: str, reason: str, step: int, *, tokens: int, seconds: float, skipped: int) -> None:

@@ -85,13 +85,7 @@ def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, max
     run, ranks, model = state.run, state.ranks, state.model
     train = run.train
     model.train()
-    batches = [
-        state.corpus.train_batch(step, rows, batch_rows=train.batch_rows, seed=run.seed)
-        for rows in micro_ranges(run, ranks)
-    ]
-    targets, valid_tokens, valid_rows = _step_counts(batches, ranks)
-    inputs = [_inputs(batch, step, valid_tokens, valid_rows, ranks.device) for batch in batches]
-    inputs = _with_global_counts(state, batches, inputs)
+    batches, inputs, targets, valid_tokens = step_inputs(state, step)
     lr = learning_rate(train.schedule, train.optimizer.lr, step, train.steps)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
@@ -111,6 +105,18 @@ def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, max
             layer.update(sums)
     # host sync: a count that the log wants
     return StepResult(loss, losses, lr, grad_norm, int(valid_tokens), skipped, stops, statistics)
+
+
+def step_inputs(state: State, step: int) -> tuple[list[Batch], list[Tokens], Tensor, Tensor]:
+    """This rank's micro-batches of step `step` (from 0), their tokens, and the whole step's targets and valid tokens."""
+    run, ranks = state.run, state.ranks
+    batches = [
+        state.corpus.train_batch(step, rows, batch_rows=run.train.batch_rows, seed=run.seed)
+        for rows in micro_ranges(run, ranks)
+    ]
+    targets, valid_tokens, valid_rows = _step_counts(batches, ranks)
+    inputs = [_inputs(batch, step, valid_tokens, valid_rows, ranks.device) for batch in batches]
+    return batches, _with_global_counts(state, batches, inputs), targets, valid_tokens
 
 
 def _step_counts(batches: list[Batch], ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,13 +167,14 @@ def _with_global_counts(state: State, batches: list[Batch], inputs: list[Tokens]
     counts_LE = torch.zeros(model.num_layers, moe.num_experts, dtype=torch.int64, device=state.ranks.device)
     with torch.no_grad():
         for batch, tokens in zip(batches, inputs, strict=True):
-            for layer in _forward(state, batch, tokens).routing:
+            for layer in forward(state, batch, tokens).routing:
                 counts_LE[layer.layer] += layer.statistics["counts_E"]
     counts_LE = state.ranks.sum(counts_LE)
     return [replace(tokens, step_counts_LE=counts_LE) for tokens in inputs]
 
 
-def _forward(state: State, batch: Batch, tokens: Tokens, **loss: Any) -> Output:
+def forward(state: State, batch: Batch, tokens: Tokens, **loss: Any) -> Output:
+    """The model's output for a micro-batch, with recorded routing forced if the run replays one; `loss`: targets."""
     replay: tuple[Selection, ...] | None = None
     if state.replayer is not None:
         replay = state.replayer.selections(int(tokens.step), batch.row_B, batch.ids_BS.shape[1], state.ranks.device)
@@ -176,7 +183,7 @@ def _forward(state: State, batch: Batch, tokens: Tokens, **loss: Any) -> Output:
 
 def _forward_backward(state: State, batch: Batch, tokens: Tokens, targets: Tensor, step: int) -> Output:
     """Forward and backward of one micro-batch; returns the output without its graph."""
-    output = _forward(
+    output = forward(
         state, batch, tokens, targets_BS=batch.targets_BS.to(state.ranks.device), step_targets=targets.float()
     )
     assert output.objective is not None and output.loss is not None

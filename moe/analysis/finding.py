@@ -1,0 +1,101 @@
+"""A finding of the doctor, and when a condition counts as lasting."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any, Literal
+
+from moe.analysis.rows import Json
+
+Sure = Literal["certain", "likely", "possible"]
+MOSTLY = 0.75
+"""Share of the points that must be bad for a condition to last; single points of noise do not end it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong."""
+
+    cause: str
+    layers: tuple[int, ...]
+    """Indices of the blocks; empty for the whole run."""
+    since: int
+    """First step of the condition that still holds."""
+    sure: Sure
+    what: str
+    """What is wrong, in words and numbers."""
+    why: str
+    """What it probably comes from."""
+    change: str
+    """What to change."""
+    consequence_of: tuple[str, ...] = ()
+    """Causes found beside it that explain it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields as JSON."""
+        return asdict(self)
+
+
+def lasting(points: Sequence[tuple[int, bool]], least: int) -> int | None:
+    """The first step of a condition that holds now, or None: bad in most of the last `least` points, and in the last one."""
+    if len(points) < least or not points[-1][1] or sum(bad for _, bad in points[-least:]) < MOSTLY * least:
+        return None
+    since, bad_so_far = points[-1][0], 0
+    for count, (step, bad) in enumerate(reversed(points), 1):
+        bad_so_far += bad
+        if bad_so_far < MOSTLY * count:
+            break
+        if bad:
+            since = step
+    return since
+
+
+def how_sure(points: Sequence[tuple[int, bool]], excess: float) -> Sure:
+    """From how many points were bad and by which factor the limit is exceeded now."""
+    bad = sum(flag for _, flag in points)
+    if bad >= 6 and excess >= 1.5:
+        return "certain"
+    return "likely" if bad >= 3 else "possible"
+
+
+@dataclass(frozen=True)
+class LayerTrouble:
+    """One layer that meets a condition now."""
+
+    layer: int
+    since: int
+    value: float
+    """The judged quantity: its median over the last points."""
+    sure: Sure
+    row: Json
+    """The layer's last row."""
+
+
+def troubled(
+    rows_by_layer: dict[int, list[Json]],
+    value_of: Callable[[Json], float | None],
+    limit: float,
+    *,
+    above: bool = True,
+    least: int = 3,
+) -> list[LayerTrouble]:
+    """The layers where a quantity is beyond a limit, and stays there; rows without the quantity are passed over."""
+    found = []
+    for layer, rows in sorted(rows_by_layer.items()):
+        pairs = [(row, value) for row in rows if (value := value_of(row)) is not None]
+        points = [(row["step"], value > limit if above else value < limit) for row, value in pairs]
+        since = lasting(points, least)
+        if since is None:
+            continue
+        value = median(value for _, value in pairs[-least:])
+        excess = (value / limit if above else limit / max(value, 1e-12)) if limit else 2.0
+        found.append(LayerTrouble(layer, since, value, how_sure(points, excess), pairs[-1][0]))
+    return found
+
+
+def name_layers(layers: Sequence[int], total: int) -> str:
+    """'layer 3', 'layers 3 and 7', 'all 12 expert layers'."""
+    if len(layers) == total and total > 1:
+        return f"all {total} expert layers"
+    names = [str(layer) for layer in layers]
+    return f"layer {names[0]}" if len(names) == 1 else f"layers {', '.join(names[:-1])} and {names[-1]}"
