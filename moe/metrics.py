@@ -130,8 +130,8 @@ def routing_row(statistics: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def router_weight_row(weight_ED: np.ndarray, before_ED: np.ndarray | None) -> dict[str, float | None]:
-    """The logged fields of one layer's router matrix: how alike its rows are, and how far it moved since the last line.
+def router_weight_row(weight_ED: np.ndarray, before_ED: np.ndarray) -> dict[str, float]:
+    """The logged fields of one layer's router matrix: how alike its rows are, and how far it moved in this step.
 
     Mean cosine of two rows (E‖mean_i w_i/‖w_i‖‖² - 1)/(E - 1), whose floor is the deviation of that mean for random rows,
     √(2/(E(E-1)D)); conditioning max_i ‖w_i - w̄‖/‖w̄‖ (arXiv 2606.28116, eq. 7 and 8).
@@ -141,9 +141,7 @@ def router_weight_row(weight_ED: np.ndarray, before_ED: np.ndarray | None) -> di
     mean_D = w_ED.mean(0)
     unit_ED = w_ED / np.maximum(np.linalg.norm(w_ED, axis=1, keepdims=True), 1e-30)
     cosine = (E * float(np.square(unit_ED.mean(0)).sum()) - 1) / (E - 1) if E > 1 else 1.0
-    moved = None
-    if before_ED is not None:
-        moved = float(np.linalg.norm(w_ED - before_ED) / max(float(np.linalg.norm(before_ED)), 1e-30))
+    moved = float(np.linalg.norm(w_ED - before_ED) / max(float(np.linalg.norm(before_ED)), 1e-30))
     return {
         "row_cosine": cosine,
         "row_cosine_floor": math.sqrt(2 / (E * (E - 1) * D)) if E > 1 else 0.0,

@@ -29,7 +29,7 @@ def router_frozen(history: History) -> list[Finding]:
             since=since_of(found),
             sure=surest(found),
             what=f"the router of {where(history, found)} does not move",
-            why="its weights are the same from one logged step to the next: they get no gradient, or no optimizer step",
+            why="its weights are the same after a step as before it: they get no gradient, or no optimizer step",
             change="check that the router's weights are in the optimizer and that its gate passes a gradient "
             "(top_k=1 with weights that sum to one has none)",
         )

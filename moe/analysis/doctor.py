@@ -35,7 +35,7 @@ EXPLAINS = {
     "padding_counted": ("balance_dominates", "over_constrained", "collapse"),
     "convention": ("balance_dominates", "over_constrained"),
     "learning_rate": (
-        "precision", "redundancy", "rows_aligned", "utility_dead", "dead", "collapse", "logit_growth", "churn",
+        "router_frozen", "precision", "redundancy", "rows_aligned", "utility_dead", "dead", "collapse", "logit_growth", "churn",
         "uninformative", "balance_dominates",
     ),
     "precision": ("churn", "collapse", "logit_growth", "dead"),

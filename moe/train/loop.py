@@ -281,11 +281,12 @@ class Loop:
         for step in range(self.begin + 1, steps + 1):
             clock = time.perf_counter()
             routing_step = step % every == 0 or step == steps
+            before = router_weights(self.state.model) if routing_step else {}
             result = train_step(self.state, step - 1, stop=self.stop, maxima=routing_step)
             self._count(result, time.perf_counter() - clock)
             self.log.step(step, result, time.perf_counter() - clock, self.tokens)
             if routing_step:
-                self.log.routing(step, result, router_weights(self.state.model))
+                self.log.routing(step, result, router_weights(self.state.model), before)
             if self.nonfinite_in_a_row >= self.config.train.max_nonfinite_steps:
                 return "stopped", self._nonfinite_reason(), step
             improved = self._maybe_evaluate(step) if not result.stop or step == steps else False

@@ -32,7 +32,6 @@ class RunLog:
         self.flops_per_token = train_flops_per_token(run.model, run.data.sequence_length)
         self.peak_flops = self._peak_flops()
         self.files: dict[str, JsonLines] = {}
-        self.router_weights: dict[int, np.ndarray] = {}
         if ranks.first:
             attempt = record.begin_attempt(out, begin, ranks, overrides)
             self.files = {name: JsonLines(out / f"{name}.jsonl", attempt) for name in NAMES}
@@ -75,17 +74,18 @@ class RunLog:
             )
         self.console.step(step, result.loss, result.lr, result.grad_norm, speed)
 
-    def routing(self, step: int, result: StepResult, weights: dict[int, np.ndarray]) -> None:
-        """Log every expert layer's routing in a step; `weights` are the router matrices, by layer, where there are any."""
+    def routing(
+        self, step: int, result: StepResult, weights: dict[int, np.ndarray], before: dict[int, np.ndarray]
+    ) -> None:
+        """Log every expert layer's routing in a step; `weights` are learned router matrices by layer, `before` those before it."""
         if not self.ranks.first:
             return
         for layer, statistics in result.statistics:
             # host sync: routing is logged every routing_every steps only
             fields = routing_row({name: value.cpu().numpy() for name, value in statistics.items()})
             if layer in weights:
-                fields |= router_weight_row(weights[layer], self.router_weights.get(layer))
+                fields |= router_weight_row(weights[layer], before[layer])
             self._write("routing", f"routing/layer{layer}", step, {"step": step, "layer": layer, **fields})
-        self.router_weights = weights
         if self.alarms is not None and self.alarms.due(step):
             self.look(step)
 
