@@ -157,8 +157,9 @@ def starvation(history: History) -> list[Finding]:
 
 def drops(history: History) -> list[Finding]:
     """Capacity drops a large share of the rows."""
-    late = {layer: history.late(rows, 0.2) for layer, rows in history.routing.items()}
-    found = troubled(late, lambda row: row["drop_rate"], limit("drop_rate"))
+    settled = {layer: history.settled(rows) for layer, rows in history.routing.items()}
+    least = max((history.lasting(rows) for rows in settled.values()), default=4)
+    found = troubled(settled, lambda row: row["drop_rate"], limit("drop_rate"), least=least)
     if not found:
         return []
     worst = max(found, key=lambda one: one.value)
