@@ -94,6 +94,17 @@ def test_twin_is_recorded_with_flops_that_agree(start):
     assert twin["rows_per_token"] == 2
 
 
+def test_rows_for_an_estimator_are_in_the_flops_and_not_in_what_the_logs_count(start):
+    plain = ["train.steps=20"]
+    start(seeds=1, overrides=[*plain, "model.moe.router.estimator=dense_mixer"])
+    record = read(start.out / "compare.json")["twin"]
+    run = load(start.out / "sparse-seed0.json")
+    chosen = load(start.out / "sparse-seed0.json", ["model.moe.router.estimator=chosen"])
+    assert record["rows_per_token"] == 2
+    more = record["flops_sparse"] - train_flops_per_token(chosen.model, run.data.sequence_length)
+    assert more == 2 * 18 * 64 * 64 * (8 - 2), "two layers, D = F = 64, all 8 experts instead of 2"
+
+
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_at_most_jobs_runs_train_at_once(start, jobs):
     start(jobs=jobs)

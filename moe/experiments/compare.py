@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from moe.analysis.report import build_report
 from moe.analysis.rows import read_json, read_run
 from moe.analysis.summaries import differences
 from moe.config.load import dump, load
-from moe.config.schema import Run, ffn_hidden
+from moe.config.schema import MoE, Run, ffn_hidden
 from moe.cost import dense_twin, relative_difference, train_flops_per_token
 from moe.errors import ConfigError, TrainingStopped, UserError
 from moe.experiments.processes import Job, cpu_count, log_tail, run_jobs
@@ -225,6 +225,14 @@ def _command_line() -> str:
     return shlex.join(["moe" if program in ("__main__.py", "cli.py") else program, *sys.argv[1:]])
 
 
+def _routed_rows(moe: MoE) -> float:
+    """Expected rows per token that the logs will count: those computed only for a gradient estimator are not."""
+    router = moe.router
+    if "estimator" in {field.name for field in fields(router)}:  # type: ignore[arg-type]
+        router = replace(router, estimator="chosen")  # type: ignore[type-var]
+    return router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
+
+
 def _twin_record(sparse: Run, dense: Run) -> Json:
     moe = sparse.model.moe
     assert moe is not None
@@ -234,7 +242,7 @@ def _twin_record(sparse: Run, dense: Run) -> Json:
         "flops_sparse": train_flops_per_token(sparse.model, length),
         "flops_dense": train_flops_per_token(dense.model, length),
         "relative_difference": relative_difference(sparse, dense),
-        "rows_per_token": moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k),
+        "rows_per_token": _routed_rows(moe),
     }
 
 
