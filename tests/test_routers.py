@@ -243,6 +243,11 @@ def test_causality_is_as_declared(name, capacity):
     assert moves is not layer.router.causal
 
 
+def test_the_routers_that_look_ahead_are_these_four():
+    ahead = {name for name in ROUTERS if not resolve_router(name).Router.causal}
+    assert ahead == {"base", "expert_choice", "quantile_batch", "sinkhorn"}
+
+
 @pytest.mark.parametrize("name", [n for n in ROUTERS if capacities(n)])
 def test_capacity_drops_the_last_tokens_of_a_row(name):
     layer, (x, tokens) = layer_of(name, capacity_factor=0.5), batch()
