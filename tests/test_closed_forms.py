@@ -118,6 +118,7 @@ def test_loads_of_four_two_one_one():
     row = row_of([4, 2, 1, 1])
     assert row["max_vio"] == pytest.approx(1.0, abs=1e-6)
     assert row["load_entropy"] == pytest.approx(0.875, abs=1e-6)
+    assert row["load_cv"] == pytest.approx(0.6123724, abs=1e-6)
     assert variation_of([4, 2, 1, 1]) == pytest.approx(0.6123724, abs=1e-6)
 
 
@@ -125,6 +126,7 @@ def test_loads_of_four_two_one_one():
 def test_total_collapse_onto_k_experts(E, k):
     row = row_of([60] * k + [0] * (E - k))
     assert row["max_vio"] == pytest.approx(E / k - 1, abs=1e-6)
+    assert row["load_cv"] == pytest.approx(math.sqrt((E - k) / k), abs=1e-6)
     assert variation_of([60] * k + [0] * (E - k)) == pytest.approx(math.sqrt((E - k) / k), abs=1e-6)
     assert row["effective_experts"] == pytest.approx(k, abs=1e-6)
 
