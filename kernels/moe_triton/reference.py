@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, relu, silu
+from torch.nn.functional import gelu, relu, silu, softplus
 
 ACTIVATIONS: dict[str, Callable[[Tensor | None, Tensor], Tensor]] = {
     "swiglu": lambda gate, up: silu(_given(gate)) * up,
@@ -87,3 +87,49 @@ def routing_plan(
     spans = enumerate(pairwise(bounds))
     tiles = [(expert, row) for expert, (start, end) in spans for row in range(start, end, tile_rows)]
     return token_R[row_P], row_P, reverse_R, offsets_E1, tiles
+
+
+def drop_beyond_capacity(
+    token_R: Tensor, expert_R: Tensor, *, num_experts: int, capacity: int, tokens_per_group: int
+) -> Tensor:
+    """expert_R with E for a row that `capacity` rows of its expert precede in its group, of tokens_per_group tokens each."""
+    rows: dict[tuple[int, int], int] = {}
+    kept = []
+    for token, expert in zip(token_R.tolist(), expert_R.tolist(), strict=True):  # host sync: one row after the other
+        key = token // tokens_per_group, expert
+        rows[key] = rows.get(key, 0) + 1
+        kept.append(expert if 0 <= expert < num_experts and rows[key] <= capacity else num_experts)
+    return torch.tensor(kept, dtype=expert_R.dtype, device=expert_R.device)
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(1),
+    "sigmoid": lambda logits: logits.sigmoid(),
+    "sqrt_softplus": lambda logits: softplus(logits).sqrt(),
+}
+"""Scores of the experts [T, E] from logits [T, E]."""
+
+
+def score_topk(
+    logits_TE: Tensor,
+    k: int,
+    *,
+    score: str = "softmax",
+    normalize: bool = False,
+    scaling_factor: float = 1.0,
+    bias_E: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight_TK, expert_TK, score_TE): the k experts of the largest logits, or of the largest score + bias, and their weights.
+
+    logits_TE [T, E], computed in float32 (float64 stays). Of equals the lower expert comes first; NaN ranks above all. The
+    weights are the chosen scores, divided by their sum (at least 1e-20) if `normalize`, times scaling_factor. bias_E is in
+    no weight and has no gradient.
+    """
+    logits = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    score_TE = SCORES[score](logits)
+    key_TE = logits if bias_E is None else score_TE + bias_E.to(score_TE.dtype)
+    expert_TK = key_TE.detach().argsort(dim=1, descending=True, stable=True)[:, :k]
+    weight_TK = score_TE.gather(1, expert_TK)
+    if normalize:
+        weight_TK = weight_TK / weight_TK.sum(1, keepdim=True).clamp(min=1e-20)
+    return weight_TK * scaling_factor, expert_TK, score_TE

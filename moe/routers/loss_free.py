@@ -16,11 +16,12 @@ from torch import Tensor
 
 from moe.config.schema import Balance, NonNegativeFloat, PositiveFloat, PositiveInt, RouterConfig, config
 from moe.routers._bias import load_sign
+from moe.routers._choice import choose
 from moe.routers._estimators import Straight, estimator_rows, hears_of_others
-from moe.routers._gates import gate, refuse_constant_gate
+from moe.routers._gates import refuse_constant_gate
 from moe.routers._parts import LinearRouter, balance_and_z, kept_rows, token_choice
-from moe.routers._scores import linear_logits, scores, shares
-from moe.routers._select import check_groups, limit_groups, top_k
+from moe.routers._scores import linear_logits, shares
+from moe.routers._select import check_groups
 from moe.routing import Counts, Routing, Selection, Tokens
 
 
@@ -76,13 +77,22 @@ class Router(LinearRouter):
     def forward(self, x_TD: Tensor, tokens: Tokens, replay: Selection | None = None) -> Routing:
         config = self.config
         logits_TE = linear_logits(x_TD, self.weight_ED)
-        score_TE = scores(config.score, logits_TE)
+        weight_TK, expert_TK, score_TE = choose(
+            config.score,
+            logits_TE,
+            self.top_k,
+            replay,
+            normalize=config.normalize,
+            scaling_factor=config.scaling_factor,
+            fused=self.fused,
+            bias_E=self.bias_E,
+            num_groups=config.num_groups,
+            top_groups=config.top_groups,
+        )
         share_TE = shares(config.score, score_TE)
-        biased_TE = limit_groups(score_TE.detach() + self.bias_E, config.num_groups, config.top_groups, best=2)
-        expert_TK = top_k(biased_TE, self.top_k, replay)
         routing = token_choice(
             expert_TK,
-            gate(score_TE, expert_TK, normalize=config.normalize, scaling_factor=config.scaling_factor),
+            weight_TK,
             tokens,
             num_experts=score_TE.shape[1],
             capacity_factor=config.capacity_factor,

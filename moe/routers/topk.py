@@ -15,11 +15,11 @@ from torch import Tensor
 from moe.config.schema import Balance, NonNegativeFloat, PositiveFloat, RouterConfig, config
 from moe.errors import ConfigError
 from moe.random import normal, token_keys
+from moe.routers._choice import choose
 from moe.routers._estimators import Estimator, estimator_rows, hears_of_others, sampled_top_k, scaled
 from moe.routers._gates import gate, refuse_constant_gate
 from moe.routers._parts import LinearRouter, balance_and_z, kept_rows, token_choice
-from moe.routers._scores import Score, jittered, linear_logits, scores, shares
-from moe.routers._select import top_k
+from moe.routers._scores import Score, jittered, linear_logits, shares
 from moe.routing import Routing, Selection, Tokens
 
 
@@ -80,13 +80,20 @@ class Router(LinearRouter):
     def forward(self, x_TD: Tensor, tokens: Tokens, replay: Selection | None = None) -> Routing:
         config, normalize = self.config, self.config.gate == "selected"
         logits_TE = self._noisy_logits(x_TD, tokens)
-        score_TE = scores(config.score, logits_TE)
+        sampling = self.training and config.estimator == "sparse_mixer"
+        weighing = {"normalize": normalize, "scaling_factor": config.scaling_factor}
+        weight_TK, expert_TK, score_TE = choose(
+            config.score, logits_TE, self.top_k, replay, fused=self.fused and not sampling, **weighing
+        )
         share_TE = shares(config.score, score_TE)
-        expert_TK, factor_TK = self._choice(score_TE, share_TE, tokens, replay)
-        weight_TK = gate(score_TE, expert_TK, normalize=normalize, scaling_factor=config.scaling_factor)
+        if sampling:
+            forced_TK = None if replay is None else expert_TK
+            place = {"seed": self.seed, "layer": self.layer}
+            expert_TK, factor_TK = sampled_top_k(share_TE, self.top_k, tokens, forced_TK=forced_TK, **place)
+            weight_TK = scaled(gate(score_TE, expert_TK, **weighing), factor_TK)
         routing = token_choice(
             expert_TK,
-            weight_TK if factor_TK is None else scaled(weight_TK, factor_TK),
+            weight_TK,
             tokens,
             num_experts=score_TE.shape[1],
             capacity_factor=config.capacity_factor,
@@ -95,16 +102,6 @@ class Router(LinearRouter):
             losses=balance_and_z(share_TE, logits_TE, expert_TK, tokens, config.balance, config.z_weight, self.layer),
         )
         return self.with_estimator(routing, score_TE, expert_TK, tokens, normalize=normalize)
-
-    def _choice(
-        self, score_TE: Tensor, share_TE: Tensor, tokens: Tokens, replay: Selection | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The experts of each token, and the factors of their weights where SparseMixer-v2 samples them."""
-        expert_TK = top_k(score_TE, self.top_k, replay)
-        if self.config.estimator != "sparse_mixer" or not self.training:
-            return expert_TK, None
-        forced_TK = None if replay is None else expert_TK
-        return sampled_top_k(share_TE, self.top_k, tokens, seed=self.seed, layer=self.layer, forced_TK=forced_TK)
 
     def _noisy_logits(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         noise = self.config.noise if self.training else "none"
