@@ -273,6 +273,8 @@ def expert_ffn(
     weight_on: Literal["output", "input"] = "output",
     recompute: Literal["activation", "hidden"] = "activation",
     gradient_dtype: torch.dtype | None = None,
+    capacity: int | None = None,
+    tokens_per_group: int | None = None,
 ) -> Tensor:
     """Every token through its experts, weighted and summed: y_TD [T, D], of x_TD's type.
 
@@ -281,9 +283,11 @@ def expert_ffn(
     goes nowhere; weight_R [R] float32; token_offsets [T+1] int. Gradients: x, weights, biases, weight_R. Activations: swiglu
     and geglu with w_gate_EDF, relu2, gelu and silu without. weight_on "input" multiplies x by the row's weight instead of the
     expert's output. recompute "hidden" keeps x only and computes the pre-activations again. gradient_dtype: type in which
-    the weights' gradients are written; autograd casts it back unless the parameter's `grad_dtype` allows it.
+    the weights' gradients are written; autograd casts it back unless the parameter's `grad_dtype` allows it. capacity, with
+    tokens_per_group: rows that an expert takes from each group of tokens; later ones add exactly nothing to any result.
     """
-    plan = routing_plan(token_R, expert_R, token_offsets, num_experts=num_experts)
+    limits = {"capacity": capacity, "tokens_per_group": tokens_per_group}
+    plan = routing_plan(token_R, expert_R, token_offsets, num_experts=num_experts, **limits)
     weights = Weights(w_gate_EDF, w_up_EDF, w_down_EFD, b_gate_EF, b_up_EF, b_down_ED)
     return planned_ffn(
         x_TD,

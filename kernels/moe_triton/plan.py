@@ -5,16 +5,25 @@ torch would sort, count, scan and invert: six launches and a radix sort of int64
 per block of rows and expert, scan those counts, give each row its place, and list the row tiles of every expert. A place
 is an expert's offset plus the rank of the row within its expert, never an atomic cursor, so two runs are bitwise equal.
 
+With a capacity the rows are ordered twice: in the first order an expert's rows of one group of tokens (a row of the batch)
+stand together, so a row is beyond the capacity exactly if the row `capacity` places before it is of the same group.
+
 Nothing here has a gradient. Index tensors of rows are int32: R < 2^31.
 """
 
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from moe_triton.compile_case import CompileCase
+from moe_triton.plan_kernels import (
+    plan_count_kernel,
+    plan_drop_kernel,
+    plan_place_kernel,
+    plan_scan_kernel,
+    plan_schedule_kernel,
+)
 from moe_triton.runtime import INTERPRETING, cdiv, launch, next_power_of_two
 from moe_triton.tuning import tile_height
 
@@ -46,124 +55,6 @@ class RoutingPlan(NamedTuple):
         return self.offsets_E1.diff()
 
 
-@triton.jit
-def _expert_of(expert_ptr, row, num_rows, num_bins):
-    """Expert of each row: any index that is no expert goes nowhere (bin E); lanes past the last row get num_bins."""
-    inside = row < num_rows
-    expert = tl.load(expert_ptr + row, mask=inside, other=0).to(tl.int32)
-    expert = tl.where((expert >= 0) & (expert < num_bins), expert, num_bins - 1)
-    return tl.where(inside, expert, num_bins)
-
-
-@triton.jit
-def plan_count_kernel(
-    expert_ptr,  # [R] int
-    counts_ptr,  # [blocks, E + 1] int32
-    num_rows,
-    num_bins,
-    BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
-):
-    """Rows per expert within each block of rows; rows that go nowhere are counted as expert E."""
-    block = tl.program_id(0)
-    row = block * BLOCK + tl.arange(0, BLOCK)
-    expert = _expert_of(expert_ptr, row, num_rows, num_bins)
-    counts = tl.histogram(expert, BINS)
-    bin = tl.arange(0, BINS)
-    tl.store(counts_ptr + block.to(tl.int64) * num_bins + bin, counts, mask=bin < num_bins)
-
-
-@triton.jit
-def plan_scan_kernel(
-    counts_ptr,  # [blocks, E + 1] int32
-    base_ptr,  # [blocks, E + 1] int32
-    offsets_ptr,  # [E + 1] int64
-    num_blocks,
-    num_bins,
-    BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
-):
-    """Offsets per expert, and what to add to a row's position in its block's sorted order to get its place."""
-    bin = tl.arange(0, BINS)
-    total = tl.zeros([BINS], dtype=tl.int32)
-    for start in range(0, num_blocks, BLOCK):
-        block = start + tl.arange(0, BLOCK)
-        inside = (block[:, None] < num_blocks) & (bin[None, :] < num_bins)
-        at = block[:, None].to(tl.int64) * num_bins + bin[None, :]
-        total += tl.sum(tl.load(counts_ptr + at, mask=inside, other=0), axis=0)
-    before = tl.cumsum(total, axis=0) - total
-    tl.store(offsets_ptr + bin, before.to(tl.int64), mask=bin < num_bins)
-    for start in range(0, num_blocks, BLOCK):
-        block = start + tl.arange(0, BLOCK)
-        inside = (block[:, None] < num_blocks) & (bin[None, :] < num_bins)
-        at = block[:, None].to(tl.int64) * num_bins + bin[None, :]
-        counts = tl.load(counts_ptr + at, mask=inside, other=0)
-        earlier_blocks = tl.cumsum(counts, axis=0) - counts
-        within_block = tl.cumsum(counts, axis=1) - counts
-        tl.store(base_ptr + at, before[None, :] + earlier_blocks - within_block, mask=inside)
-        before += tl.sum(counts, axis=0)
-
-
-@triton.jit
-def plan_place_kernel(
-    token_ptr,  # [R] int
-    expert_ptr,  # [R] int
-    base_ptr,  # [blocks, E + 1] int32
-    token_P_ptr,  # [P] int32
-    row_P_ptr,  # [P] int32
-    reverse_ptr,  # [R] int32
-    num_rows,
-    num_bins,
-    BLOCK: tl.constexpr,
-):
-    """Sort a block's rows by (expert, row) and write each to its place."""
-    block = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    row = block * BLOCK + lane
-    expert = _expert_of(expert_ptr, row, num_rows, num_bins)
-    key = tl.sort(expert * BLOCK + lane)
-    expert = key // BLOCK
-    row = block * BLOCK + key % BLOCK
-    inside = expert < num_bins
-    place = lane + tl.load(base_ptr + block.to(tl.int64) * num_bins + expert, mask=inside, other=0)
-    token = tl.load(token_ptr + row, mask=inside, other=0).to(tl.int32)
-    tl.store(token_P_ptr + place, token, mask=inside)
-    tl.store(row_P_ptr + place, row, mask=inside)
-    tl.store(reverse_ptr + row, place, mask=inside)
-
-
-@triton.jit
-def plan_schedule_kernel(
-    offsets_ptr,  # [E + 1] int64
-    schedule_ptr,  # [max_tiles, 2] int32
-    num_experts,
-    max_tiles,
-    TILE_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
-):
-    """Program e lists the row tiles of expert e; the last program marks what is left as unused."""
-    expert = tl.program_id(0)
-    bin = tl.arange(0, BINS)
-    inside = bin < tl.minimum(expert, num_experts)
-    rows = tl.load(offsets_ptr + bin + 1, mask=inside, other=0) - tl.load(offsets_ptr + bin, mask=inside, other=0)
-    first_tile = tl.sum((rows + TILE_ROWS - 1) // TILE_ROWS, axis=0).to(tl.int32)
-    if expert < num_experts:
-        first_row = tl.load(offsets_ptr + expert)
-        num_rows = tl.load(offsets_ptr + expert + 1) - first_row
-        num_tiles = ((num_rows + TILE_ROWS - 1) // TILE_ROWS).to(tl.int32)
-        for start in range(0, num_tiles, BLOCK):
-            tile = start + tl.arange(0, BLOCK)
-            row = (first_row + tile * TILE_ROWS).to(tl.int32)
-            tl.store(schedule_ptr + 2 * (first_tile + tile), tl.zeros_like(tile) + expert, mask=tile < num_tiles)
-            tl.store(schedule_ptr + 2 * (first_tile + tile) + 1, row, mask=tile < num_tiles)
-    else:
-        for start in range(first_tile, max_tiles, BLOCK):
-            tile = start + tl.arange(0, BLOCK)
-            tl.store(schedule_ptr + 2 * tile, tl.full([BLOCK], -1, tl.int32), mask=tile < max_tiles)
-            tl.store(schedule_ptr + 2 * tile + 1, tl.zeros([BLOCK], tl.int32), mask=tile < max_tiles)
-
-
 def tile_rows(num_rows: int, num_experts: int) -> int:
     """Rows of a tile, 16 to 128, by the mean share of an expert (tuning.tile_height).
 
@@ -188,8 +79,8 @@ def max_tiles(num_rows: int, num_experts: int, rows: int) -> int:
     return num_experts - 1 + cdiv(num_rows - num_experts + 1, rows)
 
 
-@torch.library.custom_op("moe_triton::plan", mutates_args=())
-def _plan(token_R: Tensor, expert_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ordered(token_R: Tensor, expert_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(token_P, row_P, reverse_R, offsets_E1) by three launches."""
     R, device = token_R.shape[0], token_R.device
     bins, block = num_experts + 1, 128 if INTERPRETING else 1024
     blocks, BINS = cdiv(R, block), max(next_power_of_two(bins + 1), 32)
@@ -204,10 +95,45 @@ def _plan(token_R: Tensor, expert_R: Tensor, num_experts: int) -> tuple[Tensor, 
     return token_P, row_P, reverse_R, offsets_E1
 
 
+_plan = torch.library.custom_op("moe_triton::plan", _ordered, mutates_args=())
+
+
 @_plan.register_fake
 def _(token_R, expert_R, num_experts):
     token_P, row_P, reverse_R = (torch.empty_like(token_R, dtype=torch.int32) for _ in range(3))
     return token_P, row_P, reverse_R, token_R.new_empty(num_experts + 1, dtype=torch.int64)
+
+
+@torch.library.custom_op("moe_triton::drop_beyond_capacity", mutates_args=())
+def _drop(token_R: Tensor, expert_R: Tensor, num_experts: int, capacity: int, tokens_per_group: int) -> Tensor:
+    R, block = token_R.shape[0], 128 if INTERPRETING else 1024
+    expert_R = expert_R.contiguous()
+    token_P, row_P, _, offsets_E1 = _ordered(token_R, expert_R, num_experts)
+    kept_R = torch.empty_like(expert_R)
+    sizes = (R, num_experts + 1, min(capacity, R), tokens_per_group)
+    launch(plan_drop_kernel, (cdiv(R, block),), token_P, row_P, expert_R, offsets_E1, kept_R, *sizes, BLOCK=block)
+    return kept_R
+
+
+@_drop.register_fake
+def _(token_R, expert_R, num_experts, capacity, tokens_per_group):
+    return torch.empty_like(expert_R, memory_format=torch.contiguous_format)
+
+
+def drop_beyond_capacity(
+    token_R: Tensor, expert_R: Tensor, *, num_experts: int, capacity: int, tokens_per_group: int
+) -> Tensor:
+    """expert_R with E for every row that `capacity` rows of its expert precede in its group of tokens: first come first served.
+
+    token_R [R] int ascending, expert_R [R] int; token t is of group t // tokens_per_group, so with S tokens in each row of a
+    batch, tokens_per_group=S drops within a row of the batch and never for a later one. Raises ValueError for negative sizes.
+    """
+    if capacity < 0 or tokens_per_group < 1:
+        raise ValueError(
+            f"capacity ({capacity}) must be at least 0 and tokens_per_group ({tokens_per_group}) at least 1: "
+            "give the number of rows that an expert takes from each group of that many tokens"
+        )
+    return _drop(token_R, expert_R, num_experts, capacity, tokens_per_group)
 
 
 @torch.library.custom_op("moe_triton::schedule_tiles", mutates_args=())
@@ -234,14 +160,31 @@ def schedule_tiles(offsets_E1: Tensor, num_rows: int, rows: int) -> Tensor:
     return _schedule(offsets_E1, num_rows, rows)
 
 
-def routing_plan(token_R: Tensor, expert_R: Tensor, token_offsets: Tensor, *, num_experts: int) -> RoutingPlan:
+def routing_plan(
+    token_R: Tensor,
+    expert_R: Tensor,
+    token_offsets: Tensor,
+    *,
+    num_experts: int,
+    capacity: int | None = None,
+    tokens_per_group: int | None = None,
+) -> RoutingPlan:
     """Order a routing's rows by expert, stable, so that rows of one expert keep the routing's order.
 
     token_R, expert_R [R] int: token and expert of each row, rows in ascending token order, expert E for a row that goes
-    nowhere; token_offsets [T+1] int. Any number of rows per token, any E below 2^20; R or T may be 0.
+    nowhere; token_offsets [T+1] int. Any number of rows per token, any E below 2^20; R or T may be 0. With a capacity, rows
+    beyond it go nowhere as well (drop_beyond_capacity); tokens_per_group is then needed.
     """
     if num_experts >= MAX_EXPERTS:
         raise ValueError(f"num_experts ({num_experts}) must be less than {MAX_EXPERTS}: sort keys have 31 bits")
+    if (capacity is None) != (tokens_per_group is None):
+        raise ValueError(
+            f"capacity ({capacity}) and tokens_per_group ({tokens_per_group}) come together: "
+            "a capacity is a number of rows per expert from each group of tokens"
+        )
+    if capacity is not None and tokens_per_group is not None:
+        limits = {"capacity": capacity, "tokens_per_group": tokens_per_group}
+        expert_R = drop_beyond_capacity(token_R, expert_R, num_experts=num_experts, **limits)
     R = token_R.shape[0]
     token_P, row_P, reverse_R, offsets_E1 = _plan(token_R, expert_R, num_experts)
     rows = tile_rows(R, num_experts)
@@ -261,3 +204,15 @@ def plan_from_order(token_P: Tensor, row_P: Tensor, offsets_E1: Tensor, *, num_t
     rows = tile_rows(P, E)
     schedule = schedule_tiles(offsets_E1, P, rows)
     return RoutingPlan(token_P, row_P, reverse_R, offsets_E1, token_offsets, schedule, rows)
+
+
+def compile_cases() -> list[CompileCase]:
+    """A plan with drops, of F experts."""
+
+    def run(dtype: torch.dtype, D: int, F: int) -> None:
+        del dtype, D
+        rows = torch.zeros(2048, dtype=torch.int64)
+        offsets = torch.zeros(1025, dtype=torch.int64)
+        routing_plan(rows, rows, offsets, num_experts=F, capacity=10, tokens_per_group=128)
+
+    return [CompileCase("capacity", False, run)]

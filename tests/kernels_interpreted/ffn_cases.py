@@ -4,6 +4,7 @@
 exact value; at the tested type it is what plain torch makes of it, and a kernel may err twice as much.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,8 @@ class Case:
     recompute: str = "activation"
     gradient: str = "dense"
     """What the incoming gradient is: dense, expanded (stride 0), strided or sliced out of a larger tensor."""
+    capacity: int | None = None
+    """Rows that an expert takes from every 8 tokens; None for all."""
 
     def __str__(self) -> str:
         return "-".join(str(value).removeprefix("torch.") for value in vars(self).values())
@@ -105,9 +108,19 @@ def gradient_of(case: Case) -> Tensor:
     return torch.randn(T, D).to(case.dtype)
 
 
+def kept_experts(case: Case, rows: Rows) -> Tensor:
+    """expert_R with E where the capacity is used up, counted one row after the other."""
+    expert_R, taken = rows[1].clone(), Counter()
+    for r, key in enumerate(zip((rows[0] // 8).tolist(), rows[1].tolist(), strict=True)):
+        taken[key] += 1
+        if case.capacity is not None and taken[key] > case.capacity:
+            expert_R[r] = case.E
+    return expert_R
+
+
 def plain(case: Case, rows: Rows, inputs: dict[str, Tensor]) -> Tensor:
     """The same formula in plain torch at x's own type, one expert at a time."""
-    token_R, expert_R, _ = rows
+    token_R, expert_R = rows[0], kept_experts(case, rows)
     x = inputs["x"]
     y = x * 0 + sum((tensor.sum() * 0).to(x.dtype) for tensor in inputs.values())  # every input takes part
     for e in range(case.E):
@@ -146,6 +159,8 @@ def kernels(case: Case, rows: Rows, inputs: dict[str, Tensor]) -> Tensor:
         b_down_ED=inputs.get("b_down"),
         weight_on=case.weight_on,  # pyright: ignore[reportArgumentType]
         recompute=case.recompute,  # pyright: ignore[reportArgumentType]
+        capacity=case.capacity,
+        tokens_per_group=None if case.capacity is None else 8,
     )
 
 

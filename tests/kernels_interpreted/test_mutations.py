@@ -1,5 +1,7 @@
 """Would the suite notice? Each seeded bug is written into a copy of the package, and the criterion of ffn_cases.py must fail.
 
+Bugs in the scores and selection are for the criterion of topk_cases.py. The default tier takes every sixth bug.
+
 The copy is a package of another name, so that its operators register beside the real ones.
 """
 
@@ -11,15 +13,20 @@ from types import ModuleType
 
 import ffn_cases
 import pytest
+import topk_cases
 from ffn_cases import Case, check
+from topk_cases import Choice
 from triton.runtime.errors import InterpreterError
 
 import moe_triton
 
-pytestmark = pytest.mark.full
-
 # Two column tiles of F, an expert without rows, rows that go nowhere, D and F that no tile divides.
 CASE = Case(T=30, D=40, F=70, E=5, K=2, routing="empty_middle", biased=True)
+
+TOPK_CASES = [
+    Choice(T=20, E=7, K=3, score="sigmoid", normalize=True, biased=True, scaling_factor=2.5),
+    Choice(T=20, E=12, K=12, logits="tied"),
+]
 
 BUGS = {
     "the output is zero": ("combine.py", "total += value", "total += value * 0"),
@@ -75,21 +82,68 @@ BUGS = {
         "sigmoid",
     ),
     "places within an expert start one late": (
-        "plan.py",
+        "plan_kernels.py",
         "- within_block, mask=inside",
         "- within_block + 1, mask=inside",
     ),
     "the second tile of an expert begins at the first's rows": (
-        "plan.py",
+        "plan_kernels.py",
         "(first_row + tile * TILE_ROWS)",
         "(first_row + tile * 0)",
+    ),
+    "the capacity is one row too large": (
+        "plan_kernels.py",
+        "earlier = place - capacity",
+        "earlier = place - capacity - 1",
+    ),
+    "the capacity is of the whole batch": (
+        "plan_kernels.py",
+        "follows & (group == group_of_earlier)",
+        "follows",
     ),
     "the bias of W_up is forgotten": ("up.py", "    up += tl.load(b_up_ptr", "    tl.load(b_up_ptr"),
 }
 
+TOPK_BUGS = {
+    "of equals the higher expert is taken": (
+        "topk_kernels.py",
+        "best = tl.argmax(order, axis=1, tie_break_left=True)",
+        "best = BLOCK_E - 1 - tl.argmax(tl.flip(order, 1), axis=1, tie_break_left=True)",
+    ),
+    "an expert is taken twice": ("topk_kernels.py", "tl.where(is_best, -(2 ** (BITS - 1)), order)", "order"),
+    "the bias is in the weights": (
+        "topk_kernels.py",
+        "tl.sum(tl.where(is_best, score, 0.0), axis=1)",
+        "tl.sum(tl.where(is_best, key, 0.0), axis=1)",
+    ),
+    "the bias chooses nobody": ("topk_kernels.py", "key = score + ", "key = score + 0 * "),
+    "negative keys are in reverse order": (
+        "topk_kernels.py",
+        "bits ^= (bits >> (BITS - 1)) & (2 ** (BITS - 1) - 1)",
+        "bits += 0",
+    ),
+    "the divisor has no gradient": ("topk_kernels.py", "(dscore - mean[:, None]) / total", "dscore / total"),
+    "lanes past the last expert take part": (
+        "topk_kernels.py",
+        "tl.where(inside, bits, -(2 ** (BITS - 1)))",
+        "tl.where(inside, bits, 2 ** (BITS - 1) - 2)",
+    ),
+    "the gradient of the scores is lost": (
+        "topk_kernels.py",
+        "        dscore += tl.load(dscore_ptr",
+        "        tl.load(dscore_ptr",
+    ),
+    "softmax has a sigmoid's gradient": (
+        "topk_kernels.py",
+        "score * (dscore - tl.sum(score * dscore, axis=1)[:, None])",
+        "dscore * score * (1 - score)",
+    ),
+    "the constant is applied forward only": ("topk_kernels.py", "dweight[:, None] * SCALE", "dweight[:, None]"),
+}
 
-def copied(folder: Path, name: str, bug: tuple[str, str, str] | None) -> ModuleType:
-    """The ffn module of a copy of moe_triton under another name, with one replacement made in one file."""
+
+def copied(folder: Path, name: str, bug: tuple[str, str, str] | None, module: str) -> ModuleType:
+    """One module of a copy of moe_triton under another name, with one replacement made in one file."""
     source = Path(moe_triton.__file__).parent
     (folder / name).mkdir()
     for path in source.glob("*.py"):
@@ -98,7 +152,7 @@ def copied(folder: Path, name: str, bug: tuple[str, str, str] | None) -> ModuleT
             assert text.count(bug[1]) >= 1, f"{path.name} has no {bug[1]!r} any more"
             text = text.replace(bug[1], bug[2])
         (folder / name / path.name).write_text(text.replace("moe_triton", name))
-    return importlib.import_module(f"{name}.ffn")
+    return importlib.import_module(f"{name}.{module}")
 
 
 @pytest.fixture
@@ -107,21 +161,35 @@ def check_copy(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def run(name: str, bug: tuple[str, str, str] | None) -> None:
-        monkeypatch.setattr(ffn_cases, "ffn", copied(tmp_path, name, bug))
+        monkeypatch.setattr(ffn_cases, "ffn", copied(tmp_path, name, bug, "ffn"))
         check(CASE)
         check(replace(CASE, T=100, F=20, E=2, K=1, routing="uniform"))
+        check(replace(CASE, T=20, D=16, F=8, E=3, routing="zipf", capacity=2))
 
-    yield run
+    def run_topk(name: str, bug: tuple[str, str, str] | None) -> None:
+        monkeypatch.setattr(topk_cases, "topk", copied(tmp_path, name, bug, "topk"))
+        for case in TOPK_CASES:
+            topk_cases.check(case)
+
+    yield {"ffn": run, "topk": run_topk}
     for name in [name for name in sys.modules if name.startswith("mutant")]:
         del sys.modules[name]
 
 
-def test_an_unchanged_copy_passes(check_copy):
-    check_copy("mutant_none", None)
+@pytest.mark.parametrize("module", ["ffn", "topk"])
+def test_an_unchanged_copy_passes(check_copy, module):
+    check_copy[module](f"mutant_none_{module}", None)
 
 
-@pytest.mark.parametrize("index", range(len(BUGS)), ids=list(BUGS))
-def test_bug_is_noticed(check_copy, index):
+EVERY = [("ffn", bug) for bug in BUGS] + [("topk", bug) for bug in TOPK_BUGS]
+
+
+@pytest.mark.parametrize(
+    "module, bug",
+    [pytest.param(*entry, marks=[pytest.mark.full] if i % 6 else [], id=entry[1]) for i, entry in enumerate(EVERY)],
+)
+def test_bug_is_noticed(check_copy, module, bug):
+    name = f"mutant_{EVERY.index((module, bug))}"
     with pytest.raises((AssertionError, InterpreterError)) as caught:
-        check_copy(f"mutant_{index}", list(BUGS.values())[index])
+        check_copy[module](name, {**BUGS, **TOPK_BUGS}[bug])
     assert "any more" not in str(caught.value)
