@@ -8,7 +8,8 @@ from drills.run import Outcome, drill, plan
 from drills.sizes import HELD_OUT_SIZE, SIZES, TUNING_SIZES
 from drills.tables import BEGIN, END, alarmed, named_first, threshold_table, write_tables
 
-from moe.analysis.doctor import RULES
+from moe.analysis.doctor import RULES, examine
+from moe.experiments.probe import probe
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +25,11 @@ def test_half_the_experts_dropped_midway_are_named_with_their_step(tmp_path, cac
     assert outcome.delay is not None and outcome.delay <= 30
 
 
-def test_a_healthy_run_is_not_alarmed(tmp_path, cache):
+def test_a_healthy_run_is_not_alarmed_and_its_router_earns_its_keep(tmp_path, cache):
     assert not alarmed(drill("topk", healthy()["topk"], "small", 1, tmp_path / "run", cache))
+    lost = {line["kind"]: line for line in probe(tmp_path / "run", rows=16) if line["layer"] is None}
+    assert lost["random"]["low"] > 0 and lost["hash"]["low"] > 0 and lost["merged"]["low"] > 0
+    assert examine(tmp_path / "run")[1] == [], "the doctor reads the probes and has nothing to say"
 
 
 @pytest.mark.full

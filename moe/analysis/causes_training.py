@@ -17,7 +17,9 @@ def learning_rate(history: History) -> list[Finding]:
     peak = history.config["train"]["optimizer"]["lr"]
     skipped = [row["step"] for row in history.metrics if row.get("skipped")]
     rise, since = _rise(history)
-    worst = max((_update(rows[0], peak) for rows in history.health.values() if rows), default=0.0)
+    init_std = history.config["model"].get("init_std", 0.02)
+    updates = {layer: _update(rows, peak, init_std) for layer, rows in history.health.items()}
+    worst = max(updates.values(), default=0.0)
     large = worst > limit("relative_update")
     if not skipped and rise <= limit("loss_rise") and not large:
         return []
@@ -26,9 +28,7 @@ def learning_rate(history: History) -> list[Finding]:
         signs.append(f"the loss is {rise:.0%} above its best average since step {since}")
     if large:
         signs.append(f"a step moves an expert's weights by up to {worst:.0%} of their size")
-    layers = [
-        layer for layer, rows in history.health.items() if rows and _update(rows[0], peak) > limit("relative_update")
-    ]
+    layers = [layer for layer, update in updates.items() if update > limit("relative_update")]
     sure: Sure = "certain" if len(signs) > 1 else "likely"
     first = skipped[0] if skipped else since if rise > limit("loss_rise") else history.grace
     return [
@@ -44,9 +44,13 @@ def learning_rate(history: History) -> list[Finding]:
     ]
 
 
-def _update(row: Json, peak: float) -> float:
-    """The peak learning rate, which is about what AdamW moves an element by, over the rms of the experts' weights."""
-    return peak / row["expert_rms"] if row.get("expert_rms") else 0.0
+def _update(rows: list[Json], peak: float, init_std: float) -> float:
+    """The peak learning rate, about what AdamW moves an element by, over the rms of the experts' weights at first sight.
+
+    0 for weights that have not grown: a large step that is not taken again and again does no harm.
+    """
+    first = next((row["expert_rms"] for row in rows if row.get("expert_rms")), 0.0)
+    return peak / first if first > limit("weight_growth") * init_std else 0.0
 
 
 def _rise(history: History) -> tuple[float, int]:

@@ -57,6 +57,9 @@ THRESHOLDS = {
     "loss_rise": Threshold(0.1, "loss over its best earlier average, relative", "drills, seed 0"),
     "loss_noise": Threshold(5, "the same rise in standard errors of the two averages", "drills, seed 0"),
     "relative_update": Threshold(0.15, "peak learning rate over the rms of an expert's weights", "drills, seed 0"),
+    "weight_growth": Threshold(
+        2, "the same weights over their size at the start", "drills, seed 0: 0.9 healthy, 4 at ×30"
+    ),
     "router_change": Threshold(1e-7, "relative change of the router in a step: frozen", "float32 resolution"),
     "extra_tokens": Threshold(0.005, "tokens that the routers count beyond the valid ones", "an identity"),
     "probe_gain": Threshold(

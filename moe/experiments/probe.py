@@ -23,7 +23,6 @@ from moe.data import Corpus, prepare
 from moe.errors import CheckpointError, UserError
 from moe.metrics import JsonLines
 from moe.model import Transformer, token_losses
-from moe.moe_layer import MoELayer
 from moe.routing import Routing, Tokens
 from moe.train.step import build_state
 
@@ -56,9 +55,9 @@ def probe(folder: Path, *, rows: int = 64, seed: int = 0) -> list[dict[str, Any]
     state = build_state(run, ranks, corpus)
     checkpoint.load(saved, state.model, state.optimizer, ranks)
     bench = Bench(state.model.eval(), corpus, rows, run.train.micro_rows, ranks.device, seed)
+    lines = [{"step": saved.step, "number": number, **fields} for number, fields in enumerate(bench.counterfactuals())]
     attempts = folder / "attempts.jsonl"
     log = JsonLines(folder / "probes.jsonl", attempts.read_bytes().count(b"\n") if attempts.is_file() else 1)
-    lines = [{"step": saved.step, "number": number, **fields} for number, fields in enumerate(bench.counterfactuals())]
     for line in lines:
         log.write(**line)
     log.close()
@@ -202,31 +201,23 @@ def ratio_interval(difference_R: np.ndarray, number_R: np.ndarray) -> tuple[floa
     return mean, mean - half, mean + half
 
 
-class _Rerouter(nn.Module):
-    """A router whose rows are sent elsewhere."""
-
-    def __init__(self, router: nn.Module, reroute: Reroute):
-        super().__init__()
-        self.router, self.reroute = router, reroute
-
-    def forward(self, x_TD: Tensor, tokens: Tokens, replay: Any = None) -> Routing:
-        return self.reroute(self.router(x_TD, tokens, replay), tokens)
-
-
 @contextmanager
-def _rerouted(model: Transformer, reroute: Any, only: int | None) -> Iterator[None]:
-    """Replace the routing of every expert layer, or of one; `reroute` may be one function or one per layer."""
-    changed: list[tuple[MoELayer, nn.Module]] = []
+def _rerouted(model: Transformer, reroute: "Reroute | dict[int, Reroute] | None", only: int | None) -> Iterator[None]:
+    """Replace what every expert layer's router gives, or one's; `reroute` may be one function or one per layer."""
+    handles = []
+    for layer, module in model.moe_layers():
+        function = reroute.get(layer) if isinstance(reroute, dict) else reroute
+        if function is not None and only in (None, layer):
+            handles.append(module.router.register_forward_hook(_replacing(function)))
     try:
-        for layer, module in model.moe_layers():
-            function = reroute.get(layer) if isinstance(reroute, dict) else reroute
-            if function is not None and only in (None, layer):
-                changed.append((module, module.router))
-                module.router = _Rerouter(module.router, function)  # type: ignore[assignment]
         yield
     finally:
-        for module, router in changed:
-            module.router = router  # type: ignore[assignment]
+        for handle in handles:
+            handle.remove()
+
+
+def _replacing(reroute: Reroute) -> Callable[[nn.Module, tuple, Routing], Routing]:
+    return lambda module, args, routing: reroute(routing, args[1])
 
 
 def _orders(key_T: Tensor, num_experts: int, seed: int) -> Tensor:
