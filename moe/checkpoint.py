@@ -11,12 +11,14 @@ import re
 import shutil
 import warnings
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -161,6 +163,15 @@ def load(saved: Saved, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> 
     )
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+
+
+def read_tensors(saved: Saved, names: Iterable[str]) -> dict[str, Tensor]:
+    """Some of the model's parameters and buffers by name, on the CPU; no other tensor is read."""
+    stored = dcp.FileSystemReader(saved.path).read_metadata().state_dict_metadata
+    wanted: dict[str, Any] = {f"model.{name}": stored[f"model.{name}"] for name in names}
+    state = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in wanted.items()}
+    dcp.load(state, checkpoint_id=saved.path, no_dist=True)
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
 def _check_names(saved: Saved, state: dict[str, dict[str, Any]]) -> None:

@@ -128,6 +128,21 @@ def probe(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the model")],
+    family: Annotated[str, typer.Option(help="auto, or a model family: mixtral, olmoe, qwen3_moe, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="float32|bfloat16", help="type of the stored weights")] = "float32",
+    shard_mib: Annotated[int, typer.Option(min=1, help="largest file, in MiB")] = 4096,
+) -> None:
+    """Write a run's newest checkpoint in a format that transformers and others load, with its tokenizer."""
+    chosen, step = _lazy("moe.hf", "export_run")(
+        folder, out, family=family, dtype=dtype, max_shard_bytes=shard_mib * 2**20
+    )
+    typer.echo(f"step {step} as {chosen}: {out}")
+
+
+@app.command()
 def profile(
     target: Annotated[str, typer.Argument(metavar="RECIPE|T,D,F,E,K", help="a recipe, or an expert layer's shape")],
     overrides: OverridesArgument = None,

@@ -20,7 +20,7 @@ LAYERS = (
     ("recipes",),
     ("moe.__main__",),
     ("moe.cli",),
-    ("moe.experiments", "moe.show", "moe.profile"),
+    ("moe.experiments", "moe.show", "moe.profile", "moe.hf"),
     ("moe.train",),
     ("moe.analysis", "moe.data", "moe.optim", "moe.checkpoint"),
     ("moe.metrics",),

@@ -1,0 +1,123 @@
+"""Families with multi-head latent attention: DeepSeek-V2 and DeepSeek-V3."""
+
+from typing import Any
+
+from moe.config.load import router_config
+from moe.config.schema import LatentAttention, Model, MoE, RouterConfig
+from moe.hf.common import Values, base_model, common_values, expert_layers, require, router_name
+
+
+def _deepseek_values(model: Model) -> Values:
+    moe, attention = expert_layers(model), model.attention
+    require(isinstance(attention, LatentAttention), "grouped-query attention")
+    assert isinstance(attention, LatentAttention)
+    require(moe.every == 1, f"moe.every={moe.every} (only the first layers may be dense there)")
+    require(not moe.shared_gate, "moe.shared_gate=true")
+    shared, rest = divmod(moe.shared_hidden, moe.expert_hidden)
+    require(
+        shared > 0 and rest == 0, f"shared_hidden={moe.shared_hidden}, no multiple of expert_hidden={moe.expert_hidden}"
+    )
+    require(model.norm_eps == 1e-6, f"norm_eps={model.norm_eps} (its latent norms always use 1e-6)")
+    return {
+        **common_values(model),
+        "num_key_value_heads": attention.num_heads,
+        "q_lora_rank": attention.q_rank or None,
+        "kv_lora_rank": attention.kv_rank,
+        "qk_nope_head_dim": attention.nope_dim,
+        "qk_rope_head_dim": attention.rope_dim,
+        "v_head_dim": attention.value_dim,
+        "moe_intermediate_size": moe.expert_hidden,
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": shared,
+        "num_experts_per_tok": moe.top_k,
+        "first_k_dense_replace": moe.first_dense,
+        "attention_bias": False,
+    }
+
+
+def _deepseek_model(values: Values, router: RouterConfig) -> Model:
+    require(not values.get("attention_bias") and not values.get("mlp_bias"), "attention_bias or mlp_bias")
+    require(values["rms_norm_eps"] == 1e-6, f"rms_norm_eps={values['rms_norm_eps']} (its latent norms use 1e-6)")
+    F = values["moe_intermediate_size"]
+    attention = LatentAttention(
+        num_heads=values["num_attention_heads"],
+        q_rank=values.get("q_lora_rank") or 0,
+        kv_rank=values["kv_lora_rank"],
+        nope_dim=values["qk_nope_head_dim"],
+        rope_dim=values["qk_rope_head_dim"],
+        value_dim=values["v_head_dim"],
+    )
+    moe = MoE(
+        num_experts=values["n_routed_experts"],
+        top_k=values["num_experts_per_tok"],
+        expert_hidden=F,
+        shared_hidden=values["n_shared_experts"] * F,
+        first_dense=values["first_k_dense_replace"],
+        router=router,
+    )
+    return base_model(values, attention=attention, moe=moe)
+
+
+def deepseek_v2_values(model: Model) -> Values:
+    router: Any = expert_layers(model).router
+    name = router_name(router)
+    if name == "deepseek_v2":
+        require(not router.normalize, "router.normalize=true")
+        grouped = router.num_groups > 1
+        groups = {"topk_method": "group_limited_greedy", "n_group": router.num_groups, "topk_group": router.top_groups}
+        scaling = router.scaling_factor
+    else:
+        require(
+            name == "topk" and router.score == "softmax" and router.gate == "full",
+            f"router '{name}' with these settings",
+        )
+        require(router.capacity_factor == 0, f"router.capacity_factor={router.capacity_factor} (dropless there)")
+        grouped, groups, scaling = False, {}, router.scaling_factor
+    return {
+        **_deepseek_values(model),
+        **(groups if grouped else {"topk_method": "greedy", "n_group": None, "topk_group": None}),
+        "routed_scaling_factor": scaling,
+        "norm_topk_prob": False,
+    }
+
+
+def deepseek_v2_model(values: Values) -> Model:
+    require(not values.get("norm_topk_prob"), "norm_topk_prob=true")
+    method = values.get("topk_method")
+    require(method in ("greedy", "group_limited_greedy"), f"topk_method={method!r}")
+    limited = method == "group_limited_greedy"
+    router = router_config(
+        "deepseek_v2",
+        num_groups=values["n_group"] if limited else 1,
+        top_groups=values["topk_group"] if limited else 1,
+        scaling_factor=float(values["routed_scaling_factor"]),
+    )
+    return _deepseek_model(values, router)
+
+
+def deepseek_v3_values(model: Model) -> Values:
+    router: Any = expert_layers(model).router
+    name = router_name(router)
+    require(name in ("loss_free", "smebu"), f"router '{name}' (its files hold sigmoid scores and a selection bias)")
+    require(getattr(router, "score", "sigmoid") == "sigmoid", "router.score other than 'sigmoid'")
+    require(getattr(router, "capacity_factor", 0) == 0, "router.capacity_factor above 0")
+    return {
+        **_deepseek_values(model),
+        "n_group": getattr(router, "num_groups", 1),
+        "topk_group": getattr(router, "top_groups", 1),
+        "routed_scaling_factor": getattr(router, "scaling_factor", 1.0),
+        "norm_topk_prob": getattr(router, "normalize", True),
+        "rope_interleave": True,
+    }
+
+
+def deepseek_v3_model(values: Values) -> Model:
+    require(bool(values.get("rope_interleave", True)), "rope_interleave=false")
+    router = router_config(
+        "loss_free",
+        num_groups=values["n_group"],
+        top_groups=values["topk_group"],
+        normalize=bool(values["norm_topk_prob"]),
+        scaling_factor=float(values["routed_scaling_factor"]),
+    )
+    return _deepseek_model(values, router)
