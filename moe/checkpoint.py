@@ -11,7 +11,8 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ class Saved:
     path: Path
     step: int
     meta: dict[str, Any]
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Without torch's warning that there is no process group: one process without a group is what we mean."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def checkpoint_root(out: Path) -> Path:
@@ -104,9 +113,7 @@ def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: dic
         temporary.mkdir(parents=True)
     ranks.wait_for_first()
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
-    with warnings.catch_warnings():
-        # one process without a process group is what we mean
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+    with _one_process():
         dcp.save(
             {"model": model_state, "optimizer": optimizer_state},
             checkpoint_id=temporary,
@@ -153,8 +160,7 @@ def load(saved: Saved, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> 
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     state = {"model": model_state, "optimizer": optimizer_state}
     _check_names(saved, state)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+    with _one_process():
         dcp.load(state, checkpoint_id=saved.path, no_dist=ranks.world_size == 1)
     # the checkpoint's own learning rate, decay and betas give way to the run's, which may have been changed on resume
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -165,12 +171,19 @@ def load(saved: Saved, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> 
         group.update(own)
 
 
+def stored_names(saved: Saved) -> list[str]:
+    """The model's parameters and buffers that a checkpoint holds."""
+    stored = dcp.FileSystemReader(saved.path).read_metadata().state_dict_metadata
+    return [name.removeprefix("model.") for name in stored if name.startswith("model.")]
+
+
 def read_tensors(saved: Saved, names: Iterable[str]) -> dict[str, Tensor]:
     """Some of the model's parameters and buffers by name, on the CPU; no other tensor is read."""
     stored = dcp.FileSystemReader(saved.path).read_metadata().state_dict_metadata
     wanted: dict[str, Any] = {f"model.{name}": stored[f"model.{name}"] for name in names}
     state = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in wanted.items()}
-    dcp.load(state, checkpoint_id=saved.path, no_dist=True)
+    with _one_process():
+        dcp.load(state, checkpoint_id=saved.path, no_dist=True)
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 

@@ -305,6 +305,7 @@ def test_a_trained_run_is_exported_with_its_tokenizer(tmp_path, ids):
     run = tmp_path / "run"
     settings = [
         "train.steps=2",
+        "train.schedule.warmup_steps=0",
         "train.batch_rows=2",
         "train.micro_rows=2",
         "evaluation.rows=2",

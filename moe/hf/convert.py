@@ -69,7 +69,7 @@ def save(
     def fetch(names: Iterable[str]) -> Mapping[str, Tensor]:
         return {name: state[name].cpu() for name in names}
 
-    return _write(model.config, state, fetch, Path(folder), family, dtype, context_length, max_shard_bytes, None)
+    return _write(model.config, list(state), fetch, Path(folder), family, dtype, context_length, max_shard_bytes, None)
 
 
 def export_run(
@@ -79,16 +79,10 @@ def export_run(
 
     Reads one shard's tensors at a time, so its memory does not grow with the model.
     """
-    from torch.distributed.checkpoint import FileSystemReader
-
     run = load_run(run_folder / "run.json")
     saved = checkpoint.newest(run_folder)
     if saved is None:
         raise CheckpointError(f"{run_folder} has no checkpoint: train it until it saves one.")
-    stored = FileSystemReader(saved.path).read_metadata().state_dict_metadata
-    shapes: dict[str, Any] = {
-        name.removeprefix("model."): item for name, item in stored.items() if name.startswith("model.")
-    }
 
     def fetch(names: Iterable[str]) -> Mapping[str, Tensor]:
         return checkpoint.read_tensors(saved, names)
@@ -96,13 +90,23 @@ def export_run(
     chosen = family_of(run.model, family)
     tokenizer = prepare(run.data).tokenizer
     length = run.data.sequence_length
-    _write(run.model, shapes, fetch, folder, chosen.model_type, dtype, length, max_shard_bytes, tokenizer)
+    _write(
+        run.model,
+        checkpoint.stored_names(saved),
+        fetch,
+        folder,
+        chosen.model_type,
+        dtype,
+        length,
+        max_shard_bytes,
+        tokenizer,
+    )
     return chosen.model_type, saved.step
 
 
 def _write(
     model: Model,
-    state: Mapping[str, Any],
+    state: list[str],
     fetch: Fetch,
     folder: Path,
     family: str,
@@ -145,7 +149,7 @@ def _write(
     return folder
 
 
-def _check_complete(table: list[Entry], state: Mapping[str, Any]) -> None:
+def _check_complete(table: list[Entry], state: Iterable[str]) -> None:
     lost = [name for name in iterate_unlinked(table, state) if not _TRAINING_ONLY.search(name)]
     if lost:
         raise ConfigError(f"the family has no place for {', '.join(lost[:5])}: nothing was written")

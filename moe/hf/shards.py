@@ -144,7 +144,7 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def iterate_unlinked(entries: Iterable[Entry], state: Mapping[str, Tensor]) -> Iterator[str]:
+def iterate_unlinked(entries: Iterable[Entry], state: Iterable[str]) -> Iterator[str]:
     """Our tensors that no entry reads or writes."""
     linked = {link.ours for entry in entries for link in entry.links}
     return (name for name in state if name not in linked)
