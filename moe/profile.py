@@ -19,7 +19,7 @@ from rich.table import Table
 
 from moe.analysis.rows import read_routing
 from moe.config.load import load
-from moe.config.schema import expert_dim
+from moe.config.schema import expert_dim, expert_widths
 from moe.errors import ConfigError, UserError
 from moe_triton import roofline
 from moe_triton.roofline import MACHINES, Kernel, Machine, Shape
@@ -110,9 +110,15 @@ def shape_of(target: str, overrides: Sequence[str] = ()) -> Shape:
     moe = run.model.moe
     if moe is None:
         raise ConfigError(f"{target} has no expert layers: profile a sparse recipe, or a shape T,D,F,E,K")
+    widths = set(expert_widths(moe))
+    if len(widths) > 1:
+        raise ConfigError(
+            f"moe profile describes the grouped kernels, which take experts of one width, and the experts of {target} have "
+            f"{len(widths)} ({min(widths)} to {max(widths)}): profile a shape T,D,F,E,K, or set model.moe.expert_widths=[]"
+        )
     rows = moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
     T = run.train.micro_rows * run.data.sequence_length
-    return Shape(T, expert_dim(run.model), moe.expert_hidden, moe.num_experts, rows)
+    return Shape(T, expert_dim(run.model), min(widths), moe.num_experts, rows)
 
 
 def machine_of(chip: str) -> Machine:
