@@ -73,7 +73,10 @@ def _compile_ahead(check: Check, num_cases: int) -> Json:
     name = target()
     if name not in TARGETS:
         return {"skipped": f"{name} is not a target of the compile-only driver"}
-    workers = 1 if check.rehearse else min(os.cpu_count() or 1, num_cases)
+    if check.rehearse:
+        compile_share(check, name, "0/1")
+        return {}
+    workers = min(os.cpu_count() or 1, num_cases)
     started = [subprocess.Popen(check.child("compile", name, f"{number}/{workers}")) for number in range(workers)]
     codes: list[int | str] = []
     deadline = time.monotonic() + 0.6 * check.seconds
