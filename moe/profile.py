@@ -1,6 +1,6 @@
 """`moe profile`: what the expert layer's kernels cost on a named chip, predicted, compiled, and measured if there is a GPU.
 
-The prediction is moe_triton.roofline's: counted from the tiles that the tuning table gives, for a routing that is uniform,
+The prediction is moe_triton.prediction's: counted from the tiles that the tuning table gives, for a routing that is uniform,
 Zipf-distributed or recorded by a run. Beside it stand the compiler's facts about the same launches, and the floors of two
 other published dataflows. Times are measured only where the process sees a GPU.
 """
@@ -22,7 +22,8 @@ from moe.config.load import load
 from moe.config.schema import expert_dim, expert_widths
 from moe.errors import ConfigError, UserError
 from moe_triton import roofline
-from moe_triton.roofline import MACHINES, Kernel, Machine, Shape
+from moe_triton.prediction import Kernel, predict
+from moe_triton.roofline import MACHINES, Machine, Shape
 
 Json = dict[str, Any]
 SHAPE = re.compile(r"\s*\d+\s*(,\s*\d+\s*){4}")
@@ -71,7 +72,7 @@ def profile(
         raise UserError(
             f"the plot's file must end in .png, .svg or .pdf, not {out.suffix or 'nothing'}: e.g. {out.stem}.png"
         )
-    predictions = [roofline.predict(shape, machine, counts) for counts in rows.counts_LE]
+    predictions = [predict(shape, machine, counts) for counts in rows.counts_LE]
     seconds = [sum(kernel.seconds for kernel in kernels) for kernels in predictions]
     slowest = seconds.index(max(seconds))
     compiled = compiled_facts(shape, machine.chip.arch)

@@ -17,6 +17,7 @@ from gpu_run import ROUTINGS, Check, Item, Json
 from moe_triton import autotune, measure, roofline, tuning
 from moe_triton.down import down
 from moe_triton.plan import routing_plan
+from moe_triton.prediction import predict
 from moe_triton.roofline import GRID, Machine, Shape
 from moe_triton.tiles import Weights
 
@@ -94,7 +95,7 @@ def _compare(
         for name, times in check.times(runs).items():
             result["arms"][name.split()[0]][name.split()[1]] = list(times)
         machine = machine_of(check)
-        predicted = roofline.predict(used, machine, counts(used))
+        predicted = predict(used, machine, counts(used))
         result["floor_seconds"] = sum(roofline.floor_seconds(used, machine))
         result["predicted_seconds"] = sum(kernel.seconds for kernel in predicted)
         result["useful_flops"] = roofline.useful_flops(used)
@@ -127,8 +128,10 @@ def product(check: Check) -> Iterator[Item]:
             weights = Weights(None, weight.transpose(1, 2), weight)
             offs = (ends[1:] * R // E).to(torch.int32)
             torch_product = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
-            arms = {"ours": lambda: down(hidden, weights, plan)}
-            arms["grouped_mm"] = lambda: torch_product(hidden, weight, offs=offs)
+            arms: dict[str, Callable[[], object]] = {
+                "ours": lambda: down(hidden, weights, plan),
+                "grouped_mm": lambda: torch_product(hidden, weight, offs=offs),
+            }
             times = {name: list(found) for name, found in check.times(arms).items()}
             return {"products": times, "flops": 2.0 * R * K * N}
 
@@ -155,7 +158,7 @@ def kernels(check: Check) -> Iterator[Item]:
             out = os.environ.get("OUT")
             trace = Path(out, "trace.json") if out and name == "OLMoE" and not check.rehearse else None
             times = measure.kernel_seconds(used, counts, trace)
-            predicted = {kernel.name: kernel for kernel in roofline.predict(used, machine, counts)}
+            predicted = {kernel.name: kernel for kernel in predict(used, machine, counts)}
             return {
                 "kernels": {
                     name: {
