@@ -17,6 +17,7 @@ from moe_triton.compile_case import CompileCase
 from moe_triton.down import down
 from moe_triton.hidden_backward import hidden_bwd, row_weight_bwd
 from moe_triton.input_backward import input_bwd
+from moe_triton.low_precision.ffn import fp8_ffn
 from moe_triton.plan import RoutingPlan, routing_plan
 from moe_triton.tiles import Weights
 from moe_triton.up import up
@@ -224,11 +225,13 @@ def planned_ffn(
     recompute: Literal["activation", "hidden"] = "activation",
     gradient_dtype: torch.dtype | None = None,
     main_gradients: dict[str, Tensor] | None = None,
+    precision: Literal["native", "fp8_row", "fp8_block"] = "native",
 ) -> Tensor:
     """`expert_ffn` over a plan that was made before, by `routing_plan` or by `plan_from_order`.
 
     main_gradients: by name, as in Weights, a contiguous tensor of any float type and the shape of each weight, to which
-    backward adds in the product's epilogue; autograd then gives no gradient for the weights. Not under torch.compile.
+    backward adds in the product's epilogue; autograd then gives no gradient for the weights. Not under torch.compile, and
+    not with 8-bit products.
     """
     _checked(x_TD, weights, activation)
     present = [name for name, weight in weights._asdict().items() if weight is not None]
@@ -236,6 +239,13 @@ def planned_ffn(
         raise ValueError(f"main_gradients has {sorted(main_gradients)} but must have one for each of {present}")
     differentiable = (x_TD, weight_R, *(w for w in weights if w is not None))
     keep = recompute == "activation" and torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+    if precision != "native":
+        if weight_on == "input" or main_gradients is not None:
+            raise ValueError(
+                f"precision {precision!r} takes weight_on='output' and no main_gradients: use precision='native'"
+            )
+        options = {"precision": precision, "activation": activation, "keep": keep, "gradient_dtype": gradient_dtype}
+        return fp8_ffn(x_TD, weights, weight_R, plan, **options)
     return _forward(
         x_TD.contiguous(),
         *(None if weight is None else weight.contiguous() for weight in weights),
@@ -275,6 +285,7 @@ def expert_ffn(
     gradient_dtype: torch.dtype | None = None,
     capacity: int | None = None,
     tokens_per_group: int | None = None,
+    precision: Literal["native", "fp8_row", "fp8_block"] = "native",
 ) -> Tensor:
     """Every token through its experts, weighted and summed: y_TD [T, D], of x_TD's type.
 
@@ -285,6 +296,8 @@ def expert_ffn(
     expert's output. recompute "hidden" keeps x only and computes the pre-activations again. gradient_dtype: type in which
     the weights' gradients are written; autograd casts it back unless the parameter's `grad_dtype` allows it. capacity, with
     tokens_per_group: rows that an expert takes from each group of tokens; later ones add exactly nothing to any result.
+    precision: 8-bit products forward and for the gradient of x (moe_triton.low_precision), without biases and with weight_on
+    "output".
     """
     limits = {"capacity": capacity, "tokens_per_group": tokens_per_group}
     plan = routing_plan(token_R, expert_R, token_offsets, num_experts=num_experts, **limits)
@@ -298,6 +311,7 @@ def expert_ffn(
         weight_on=weight_on,
         recompute=recompute,
         gradient_dtype=gradient_dtype,
+        precision=precision,
     )
 
 

@@ -39,13 +39,15 @@ def expert_ffn(
     b_gate_EF: Tensor | None = None,
     b_up_EF: Tensor | None = None,
     b_down_ED: Tensor | None = None,
+    precision: str = "native",
 ) -> Tensor:
     """y_t = Σ over rows p of token t: weight_p · FFN_e(x_t), with FFN_e(x) = (silu(x W_gate) · (x W_up)) W_down.
 
     Args: x_TD [T, D]; expert weights [E, D, F], [E, D, F], [E, F, D], biases [E, F], [E, F], [E, D]; rows in expert order:
     token_P [P] int64, weight_P [P] float; rows of expert e are offsets_E1[e] : offsets_E1[e+1], and rows past the last offset
     go nowhere. weight_on "input" multiplies x_t by the weight before the expert instead of its output after. Other
-    activations: ACTIVATIONS. Returns y_TD, x_TD's type.
+    activations: ACTIVATIONS. precision "fp8_row" or "fp8_block" rounds the operands of the products, and of those of the rows'
+    gradients, to what e4m3 and its scales can say (`rounded`). Returns y_TD, x_TD's type.
     """
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
     x, w_up, w_down, weight = (t.to(dtype) for t in (x_TD, w_up_EDF, w_down_EFD, weight_P))
@@ -57,16 +59,94 @@ def expert_ffn(
         rows = x.index_select(0, token)
         if weight_on == "input":
             rows = rows * scale
-        gate = None if w_gate_EDF is None else _affine(rows, w_gate_EDF[expert].to(dtype), b_gate_EF, expert)
-        hidden = ACTIVATIONS[activation](gate, _affine(rows, w_up[expert], b_up_EF, expert))
-        out = _affine(hidden, w_down[expert], b_down_ED, expert)
+        w_gate = [] if w_gate_EDF is None else [w_gate_EDF[expert].to(dtype)]
+        *gates, up = _products(rows, [*w_gate, w_up[expert]], precision)
+        gate = _biased(gates[0], b_gate_EF, expert) if gates else None
+        hidden = ACTIVATIONS[activation](gate, _biased(up, b_up_EF, expert))
+        out = _biased(_products(hidden, [w_down[expert]], precision)[0], b_down_ED, expert)
         y_TD = y_TD.index_add(0, token, out if weight_on == "input" else out * scale)
     return y_TD.to(x_TD.dtype)
 
 
-def _affine(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
-    out = rows @ weight
+def _biased(out: Tensor, bias: Tensor | None, expert: int) -> Tensor:
     return out if bias is None else out + bias[expert].to(out.dtype)
+
+
+def _products(rows: Tensor, weights: list[Tensor], precision: str) -> tuple[Tensor, ...]:
+    """rows @ weight for each weight [K, N]."""
+    if precision == "native":
+        return tuple(rows @ weight for weight in weights)
+    return _RoundedProducts.apply(rows, precision, *weights)  # pyright: ignore[reportReturnType]
+
+
+class _RoundedProducts(torch.autograd.Function):
+    """Products of rounded operands; so is the rows' gradient, and the weights' gradients are of operands as they are."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, precision: str, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(rows, *weights)
+        ctx.precision = precision
+        (x,) = rounded([rows], precision)
+        return tuple(x @ rounded([weight.t()], precision, weight=True)[0].t() for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, *weights = ctx.saved_tensors
+        d, w = rounded(list(dout), ctx.precision), rounded(weights, ctx.precision, weight=True)
+        drows = sum(part @ weight.t() for part, weight in zip(d, w, strict=True))
+        return (drows, None, *(rows.t() @ part for part in dout))
+
+
+def rounded(parts: list[Tensor], precision: str, *, weight: bool = False, dtype: torch.dtype = torch.float8_e4m3fn):
+    """Operands [rows, K] through `dtype` and back, scaled so that the largest of every group of elements is its largest.
+
+    A group is a row of all parts together (fp8_row), or 128 elements of a row of one part, and 128 × 128 of a `weight`
+    (fp8_block). All zeros stay zeros.
+    """
+    if precision == "fp8_row":
+        sizes = [part.shape[1] for part in parts]
+        joined = torch.cat(parts, dim=1)
+        return _through(joined, joined.abs().amax(1, keepdim=True), dtype).split(sizes, dim=1)
+    assert precision == "fp8_block", precision
+    return [_through(part, _block_maxima(part, 128 if weight else 1), dtype) for part in parts]
+
+
+def _through(x: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    limit = torch.finfo(dtype).max
+    scale = torch.where(largest > 0, largest / limit, 1.0)
+    return (x / scale).clamp(-limit, limit).to(dtype).to(x.dtype) * scale
+
+
+def _block_maxima(x: Tensor, rows: int) -> Tensor:
+    """At each element, the largest magnitude within its `rows` × 128 elements."""
+    M, K = x.shape
+    padded = torch.nn.functional.pad(x.abs(), (0, -K % 128, 0, -M % rows))
+    blocks = padded.view(-(-M // rows), rows, -(-K // 128), 128)
+    return blocks.amax((1, 3), keepdim=True).expand_as(blocks).flatten(2, 3).flatten(0, 1)[:M, :K]
+
+
+def grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+    """One product per group: 2d×3d, 3d×2d and 2d×2d with offs [G], the ends of the groups along the ragged dimension; 3d×3d.
+
+    a [M, K] or [G, M, K], b [K, N] or [G, K, N]. Returns [M, N] if one operand is 2d, else [G, M, N], of out_dtype or a's
+    type; zero past the last offset.
+    """
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    x, y = a.to(dtype), b.to(dtype)
+    bounds = [0] if offs is None else [0, *offs.tolist()]  # host sync: the reference loops over groups
+    spans = list(enumerate(pairwise(bounds)))
+    if offs is None:
+        out = x @ y
+    elif a.dim() == b.dim():
+        parts = [x[:, start:end] @ y[start:end] for _, (start, end) in spans]
+        out = torch.stack(parts) if parts else x.new_zeros(0, x.shape[0], y.shape[1])
+    elif a.dim() == 2:
+        rest = x.new_zeros(x.shape[0] - bounds[-1], y.shape[2])
+        out = torch.cat([*(x[start:end] @ y[g] for g, (start, end) in spans), rest])
+    else:
+        rest = x.new_zeros(x.shape[1], y.shape[1] - bounds[-1])
+        out = torch.cat([*(x[g] @ y[:, start:end] for g, (start, end) in spans), rest], dim=1)
+    return out.to(out_dtype or a.dtype)
 
 
 def routing_plan(

@@ -40,6 +40,20 @@ if not collect_ignore_glob:
 
     interpreter._patch_lang, interpreter._get_np_dtype = _patch_once, _np_dtype
 
+    _patch_core = interpreter._patch_lang_core
+
+    def _patch_core_with_fnuz(lang, scope):
+        """The interpreter knows e4m3fnuz, the 8-bit type of gfx942, but not its name."""
+        _patch_core(lang, scope)
+        known = lang.dtype.to_ir
+
+        def to_ir(kind, builder):
+            return builder.get_fp8e4b8_ty() if kind.name == "fp8e4b8" else known(kind, builder)
+
+        scope.set_attr(lang.dtype, "to_ir", to_ir)
+
+    interpreter._patch_lang_core = _patch_core_with_fnuz
+
     _ranges: list[tuple[int, int]] = []
     _names: list[str] = []
     _call = interpreter.GridExecutor.__call__

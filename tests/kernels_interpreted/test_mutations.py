@@ -145,13 +145,13 @@ TOPK_BUGS = {
 def copied(folder: Path, name: str, bug: tuple[str, str, str] | None, module: str) -> ModuleType:
     """One module of a copy of moe_triton under another name, with one replacement made in one file."""
     source = Path(moe_triton.__file__).parent
-    (folder / name).mkdir()
-    for path in source.glob("*.py"):
-        text = path.read_text()
-        if bug is not None and path.name == bug[0]:
-            assert text.count(bug[1]) >= 1, f"{path.name} has no {bug[1]!r} any more"
+    for path in source.rglob("*.py"):
+        place, text = path.relative_to(source), path.read_text()
+        if bug is not None and str(place) == bug[0]:
+            assert text.count(bug[1]) >= 1, f"{place} has no {bug[1]!r} any more"
             text = text.replace(bug[1], bug[2])
-        (folder / name / path.name).write_text(text.replace("moe_triton", name))
+        (folder / name / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name / place).write_text(text.replace("moe_triton", name))
     return importlib.import_module(f"{name}.{module}")
 
 
