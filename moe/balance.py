@@ -75,7 +75,7 @@ def score_statistics(share_TE: Tensor, logits_TE: Tensor, tokens: Tokens) -> Cou
         "entropy_sum": (entropy_T * valid_T).sum(),
         "margin_sum": (margin_T * valid_T).sum(),
         "token_sum": valid_T.sum().float(),
-        "share_sum_E": valid_T.to(share_TE.dtype) @ share_TE,
+        "share_sum_E": (share_TE * valid_T.unsqueeze(1)).sum(0),
         "logit_square_sum": (logits_TE.square().mean(1) * valid_T).sum(),
         "lse_square_sum": (logits_TE.logsumexp(1).square() * valid_T).sum(),
         "logit_max": logit_max,

@@ -5,17 +5,18 @@
 | norms (`*norm*.weight`)                | 1                                                             |
 | biases (`*.bias`), attention sinks     | 0                                                             |
 | matrices that write to the residual    | N(0, std / sqrt(2·num_layers)) with depth scaling (GPT-2), so |
-| stream (`out`, `down`, `w_down_EFD`)   | that its variance does not grow with depth                    |
+| stream (`out`, `down`, `w_down_EFD`,   | that its variance does not grow with depth                    |
+| `w_down_FD`)                           |                                                               |
 | every other matrix, embedding, router  | N(0, std)                                                     |
 
 Latent experts carry the depth scaling in w_down_EFD; the matrix out of their latent width has none, so that the product is
 scaled once.
 
 A value is a function of (seed, canonical name, global expert index): the same in every layout, and in a model and its twin
-wherever names and shapes agree.
+wherever names and shapes agree. Of parameters that end in `_FD`, experts of different widths, each expert's rows are drawn.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from moe.random import stable_seed
 
-RESIDUAL_WRITERS = ("attention.out.weight", ".down.weight", "w_down_EFD")
+RESIDUAL_WRITERS = ("attention.out.weight", ".down.weight", "w_down_EFD", "w_down_FD")
 
 
 @contextmanager
@@ -53,12 +54,15 @@ def initialise(
 
     Parameters on the meta device, and those whose name holds `skip` if it is not empty, are left alone.
     """
-    for name, parameter in module.named_parameters():
-        if not parameter.is_meta and not (skip and skip in name):
-            _fill(parameter, prefix + name, seed, std, residual_scale)
+    for path, owner in module.named_modules():
+        for leaf, parameter in owner.named_parameters(recurse=False):
+            name = f"{path}.{leaf}".removeprefix(".")
+            if not parameter.is_meta and not (skip and skip in name):
+                _fill(parameter, prefix + name, getattr(owner, "widths", ()), seed, std, residual_scale)
 
 
-def _fill(parameter: Tensor, name: str, seed: int, std: float, residual_scale: float) -> None:
+def _fill(parameter: Tensor, name: str, widths: Sequence[int], seed: int, std: float, residual_scale: float) -> None:
+    """widths: rows of each expert, in a parameter whose letters are FD."""
     leaf = name.rsplit(".", 1)[-1]
     if leaf in ("bias", "sink_N"):
         parameter.zero_()
@@ -66,9 +70,11 @@ def _fill(parameter: Tensor, name: str, seed: int, std: float, residual_scale: f
         parameter.fill_(1.0)
     else:
         deviation = std * residual_scale if name.endswith(RESIDUAL_WRITERS) else std
-        if "E" in leaf.rsplit("_", 1)[-1] and "_" in leaf:
-            for expert in range(parameter.shape[0]):
-                parameter[expert].copy_(_normal(parameter.shape[1:], deviation, stable_seed(seed, name, expert)))
+        letters = leaf.rsplit("_", 1)[-1] if "_" in leaf else ""
+        if "E" in letters or letters == "FD":
+            experts = parameter if "E" in letters else parameter.split(list(widths))
+            for expert, values in enumerate(experts):
+                values.copy_(_normal(values.shape, deviation, stable_seed(seed, name, expert)))
         else:
             parameter.copy_(_normal(parameter.shape, deviation, stable_seed(seed, name)))
 

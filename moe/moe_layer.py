@@ -60,9 +60,11 @@ class MoELayer(nn.Module):
             )
         latent = config.latent_dim
         self.into_latent = Linear(dim, latent, bias=False) if latent else None
-        self.experts = Experts(config.num_experts, latent or dim, config.expert_hidden, config.backend)
+        self.experts = Experts(
+            config.num_experts, latent or dim, config.expert_hidden, config.backend, widths=config.expert_widths
+        )
         self.out_of_latent = Linear(latent, dim, bias=False) if latent else None
-        self.router.fused = self.experts.backend == "triton"
+        self.router.fused = self.experts.backend in ("triton", "block_sparse")
         self.shared = SwiGLU(dim, config.shared_hidden) if config.shared_hidden else None
         self.shared_gate = Linear(dim, 1, bias=False) if config.shared_gate else None
         initialise(self, seed=seed, std=init_std, residual_scale=residual_scale, prefix=f"layers.{layer}.moe.")

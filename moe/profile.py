@@ -1,6 +1,6 @@
 """`moe profile`: what the expert layer's kernels cost on a named chip, predicted, compiled, and measured if there is a GPU.
 
-The prediction is moe_triton.roofline's: counted from the tiles that the tuning table gives, for a routing that is uniform,
+The prediction is moe_triton.prediction's: counted from the tiles that the tuning table gives, for a routing that is uniform,
 Zipf-distributed or recorded by a run. Beside it stand the compiler's facts about the same launches, and the floors of two
 other published dataflows. Times are measured only where the process sees a GPU.
 """
@@ -19,10 +19,11 @@ from rich.table import Table
 
 from moe.analysis.rows import read_routing
 from moe.config.load import load
-from moe.config.schema import expert_dim
+from moe.config.schema import expert_dim, expert_widths
 from moe.errors import ConfigError, UserError
 from moe_triton import roofline
-from moe_triton.roofline import MACHINES, Kernel, Machine, Shape
+from moe_triton.prediction import Kernel, predict
+from moe_triton.roofline import MACHINES, Machine, Shape
 
 Json = dict[str, Any]
 SHAPE = re.compile(r"\s*\d+\s*(,\s*\d+\s*){4}")
@@ -71,7 +72,7 @@ def profile(
         raise UserError(
             f"the plot's file must end in .png, .svg or .pdf, not {out.suffix or 'nothing'}: e.g. {out.stem}.png"
         )
-    predictions = [roofline.predict(shape, machine, counts) for counts in rows.counts_LE]
+    predictions = [predict(shape, machine, counts) for counts in rows.counts_LE]
     seconds = [sum(kernel.seconds for kernel in kernels) for kernels in predictions]
     slowest = seconds.index(max(seconds))
     compiled = compiled_facts(shape, machine.chip.arch)
@@ -110,9 +111,15 @@ def shape_of(target: str, overrides: Sequence[str] = ()) -> Shape:
     moe = run.model.moe
     if moe is None:
         raise ConfigError(f"{target} has no expert layers: profile a sparse recipe, or a shape T,D,F,E,K")
+    widths = set(expert_widths(moe))
+    if len(widths) > 1:
+        raise ConfigError(
+            f"moe profile describes the grouped kernels, which take experts of one width, and the experts of {target} have "
+            f"{len(widths)} ({min(widths)} to {max(widths)}): profile a shape T,D,F,E,K, or set model.moe.expert_widths=[]"
+        )
     rows = moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
     T = run.train.micro_rows * run.data.sequence_length
-    return Shape(T, expert_dim(run.model), moe.expert_hidden, moe.num_experts, rows)
+    return Shape(T, expert_dim(run.model), min(widths), moe.num_experts, rows)
 
 
 def machine_of(chip: str) -> Machine:

@@ -132,7 +132,7 @@ class Router(nn.Module):
     output_stride: int = 0
     """If not 0, in training the layer adds the experts' mean outputs over every n-th token to the statistics."""
     fused: bool = False
-    """Whether to score and choose with moe_triton's kernel, if the router can; the layer sets it with the triton backend."""
+    """Whether to score and choose with moe_triton's kernel, if the router can: the layer sets it where kernels compute experts."""
 
     def forward(self, x_TD: Tensor, tokens: Tokens, replay: Selection | None = None) -> Routing:
         """Route x_TD [T, D]; with `replay`, take that selection instead of choosing one."""

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moe import cost
 from moe.config.load import dump, resolve_router, router_name
-from moe.config.schema import GroupedQueryAttention, Model, Run, balances, ffn_hidden, is_moe_layer
+from moe.config.schema import GroupedQueryAttention, Model, Run, balances, expert_widths, ffn_hidden, is_moe_layer
 from moe.config.words import dotted, typed
 from moe.train.step import needs_first_pass
 
@@ -78,7 +78,9 @@ def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
 
 def _size(run: Run) -> list[tuple[str, str]]:
     count = cost.parameters(run.model)
-    rows = [("parameters, total", _number(count.total)), ("parameters, active per token", _number(count.active))]
+    unequal = run.model.moe is not None and len(set(expert_widths(run.model.moe))) > 1
+    active = "parameters, active per token" + (" (expected under uniform routing)" if unequal else "")
+    rows = [("parameters, total", _number(count.total)), (active, _number(count.active))]
     return rows + [(f"  {name}", _number(total)) for name, total in count.components.items()]
 
 
@@ -155,13 +157,15 @@ def _feed_forward(model: Model, layer: int) -> str:
         return f"dense {ffn_hidden(model, layer)}"
     shared = f" + shared {moe.shared_hidden}{' gated' if moe.shared_gate else ''}" if moe.shared_hidden else ""
     latent = f" in latent {moe.latent_dim}" if moe.latent_dim else ""
-    return f"{moe.top_k} of {moe.num_experts} experts of {moe.expert_hidden}{latent}{shared}"
+    widths = expert_widths(moe)
+    width = str(widths[0]) if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}"
+    return f"{moe.top_k} of {moe.num_experts} experts of {width}{latent}{shared}"
 
 
 def _idle(model: Model, counts: dict[str, int]) -> int:
-    """Parameters of the experts that a token does not use."""
-    moe = model.moe
-    return counts.get("experts", 0) * (moe.num_experts - moe.top_k) // moe.num_experts if moe is not None else 0
+    """Parameters of the experts that a token does not use; of mean width, where they differ."""
+    moe, experts = model.moe, counts.get("experts", 0)
+    return experts - round(moe.top_k * experts / moe.num_experts) if moe is not None else 0
 
 
 def _number(value: float) -> str:

@@ -1,5 +1,7 @@
 """A few seconds on any machine: a tiny sparse model on the standard library's source code, in bytes."""
 
+from dataclasses import replace
+
 from moe.config.schema import (
     AdamW,
     Cosine,
@@ -39,3 +41,11 @@ def run() -> Run:
         evaluation=Evaluation(every_steps=20, rows=32, final_rows=64),
         logging=Logging(routing_every=5),
     )
+
+
+def mixed_widths() -> Run:
+    """The same with experts from a quarter to seven quarters as wide; on average as wide, so of the same cost."""
+    base = run()
+    assert base.model.moe is not None
+    experts = replace(base.model.moe, expert_widths=(16, 32, 48, 64, 64, 80, 96, 112))
+    return replace(base, name="smoke-mixed-widths", model=replace(base.model, moe=experts))

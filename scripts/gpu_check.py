@@ -17,16 +17,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import gpu_correct
-import gpu_speed
-import torch
-from gpu_page import markdown
-from gpu_run import Check, Stage, outcome, read_record
-
-from moe_triton.compile_only import compiling
-
 ROOT = Path(__file__).resolve().parents[1]
+# works from a bare checkout: the package, and the interpreter's suite, whose cases run here on a GPU
+sys.path[:0] = [str(ROOT / folder) for folder in ("kernels", "tests/kernels_interpreted")]
 
+import gpu_correct  # noqa: E402
+import gpu_speed  # noqa: E402
+import torch  # noqa: E402
+from gpu_page import markdown  # noqa: E402
+from gpu_run import Check, Stage, outcome, read_record  # noqa: E402
+
+from moe_triton.compile_only import compiling  # noqa: E402
 
 STAGES: dict[str, Stage] = {
     "facts": gpu_speed.facts,
@@ -34,6 +35,7 @@ STAGES: dict[str, Stage] = {
     "races": gpu_correct.races,
     "graph": gpu_correct.graph,
     "bench": gpu_speed.bench,
+    "product": gpu_speed.product,
     "kernels": gpu_speed.kernels,
     "peers": gpu_speed.peers,
     "tune": gpu_speed.tune,

@@ -21,6 +21,13 @@ def markdown(check: Check, stages: Iterable[str]) -> str:
     layers = [row for line in by_stage["bench"] + by_stage["peers"] for row in _layer_rows(line)]
     headers = "shape, routing | layer | forward ms | both ms | quartiles | TFLOP/s | of the floor | peak GiB"
     text += ["", "## Layers", "", *_table(headers, layers)]
+    products = [row for line in by_stage["product"] for row in _product_rows(line)]
+    text += [
+        "",
+        "## One product alone",
+        "",
+        *_table("rows × depth × columns | arm | ms | quartiles | TFLOP/s", products),
+    ]
     rows = [row for line in by_stage["kernels"] for row in _kernel_rows(line)]
     headers = "shape | kernel | measured ms | predicted ms | TFLOP/s | TB/s"
     return "\n".join([*text, "", "## Kernels", "", *_table(headers, rows)]) + "\n"
@@ -47,6 +54,14 @@ def _layer_rows(line: Json) -> list[list[str]]:
         peak = f"{found['peak_bytes'] / 2**30:.2f}" if found["peak_bytes"] is not None else "-"
         rows.append([line["item"], arm, *times, *rates, peak])
     return rows + [[line["item"], arm, why, *["-"] * 5] for arm, why in line.get("failed", {}).items()]
+
+
+def _product_rows(line: Json) -> list[list[str]]:
+    rows = []
+    for arm, (seconds, low, high, _) in line.get("products", {}).items():
+        times = [f"{seconds * 1e3:.2f}", f"{low * 1e3:.2f} to {high * 1e3:.2f}"]
+        rows.append([line["item"], arm, *times, f"{line['flops'] / seconds / 1e12:.0f}"])
+    return rows
 
 
 def _kernel_rows(line: Json) -> list[list[str]]:

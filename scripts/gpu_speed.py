@@ -15,7 +15,11 @@ import triton
 from gpu_run import ROUTINGS, Check, Item, Json
 
 from moe_triton import autotune, measure, roofline, tuning
+from moe_triton.down import down
+from moe_triton.plan import routing_plan
+from moe_triton.prediction import predict
 from moe_triton.roofline import GRID, Machine, Shape
+from moe_triton.tiles import Weights
 
 
 def facts(check: Check) -> Iterator[Item]:
@@ -62,7 +66,8 @@ def machine_of(check: Check) -> Machine:
 def bench(check: Check) -> Iterator[Item]:
     """The grid of shapes and routings: ours, torch's grouped_mm layer, and a dense FFN of equal active FLOPs, interleaved."""
     for routing, counts in ROUTINGS.items():
-        for name, shape in GRID.items():
+        # a rehearsal has one shape for all layers: one of them shows what another routing does
+        for name, shape in list(GRID.items())[: 1 if check.rehearse and routing != "uniform" else None]:
             yield f"{name}, {routing}", _compare(check, shape, counts, ("ours", "grouped_mm", "dense"))
 
 
@@ -90,7 +95,7 @@ def _compare(
         for name, times in check.times(runs).items():
             result["arms"][name.split()[0]][name.split()[1]] = list(times)
         machine = machine_of(check)
-        predicted = roofline.predict(used, machine, counts(used))
+        predicted = predict(used, machine, counts(used))
         result["floor_seconds"] = sum(roofline.floor_seconds(used, machine))
         result["predicted_seconds"] = sum(kernel.seconds for kernel in predicted)
         result["useful_flops"] = roofline.useful_flops(used)
@@ -110,6 +115,32 @@ def _peak_bytes(check: Check, run: Callable[[], object]) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def product(check: Check) -> Iterator[Item]:
+    """One grouped product alone, forward, at the sizes at which others have published theirs: `down` and torch's."""
+
+    def one(rows: int) -> Callable[[], Json]:
+        def run() -> Json:
+            R, K, N, E = (256, 512, 256, 4) if check.rehearse else (rows, 6144, 4096, 256)
+            options = {"device": check.device, "dtype": torch.bfloat16}
+            hidden, weight = torch.randn(R, K, **options), torch.randn(E, K, N, **options) * K**-0.5
+            row, ends = (torch.arange(size, device=check.device) for size in (R + 1, E + 1))
+            plan = routing_plan(row[:R], row[:R] * E // R, row, num_experts=E)
+            weights = Weights(None, weight.transpose(1, 2), weight)
+            offs = (ends[1:] * R // E).to(torch.int32)
+            torch_product = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+            arms: dict[str, Callable[[], object]] = {
+                "ours": lambda: down(hidden, weights, plan),
+                "grouped_mm": lambda: torch_product(hidden, weight, offs=offs),
+            }
+            times = {name: list(found) for name, found in check.times(arms).items()}
+            return {"products": times, "flops": 2.0 * R * K * N}
+
+        return run
+
+    for rows in (262144, 524288):
+        yield f"{rows} × 6144 × 4096, 256 experts", one(rows)
+
+
 def peers(check: Check) -> Iterator[Item]:
     """Other projects' layers, where they are installed, beside ours; and ours with everything but x recomputed."""
     for name in ("OLMoE", "Qwen3-30B, 8k", "gpt-oss"):
@@ -127,7 +158,7 @@ def kernels(check: Check) -> Iterator[Item]:
             out = os.environ.get("OUT")
             trace = Path(out, "trace.json") if out and name == "OLMoE" and not check.rehearse else None
             times = measure.kernel_seconds(used, counts, trace)
-            predicted = {kernel.name: kernel for kernel in roofline.predict(used, machine, counts)}
+            predicted = {kernel.name: kernel for kernel in predict(used, machine, counts)}
             return {
                 "kernels": {
                     name: {

@@ -3,12 +3,24 @@
 The dense matrices are built here from the mask alone, so that a mistake in the topology's indices cannot hide.
 """
 
+import random
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from moe_triton.block_sparse import Topology, dds, dsd, from_mask, sdd
+from moe_triton.block_sparse import (
+    PackedExperts,
+    Topology,
+    dds,
+    dsd,
+    from_mask,
+    from_pruning,
+    from_routing,
+    from_widths,
+    sdd,
+    variable_width_ffn,
+)
 
 # block, block rows, block columns, how far the matrix falls short of whole blocks, dense size: the reason
 PRODUCTS = {
@@ -19,6 +31,8 @@ PRODUCTS = {
     (128, 2, 2, (0, 37), 70): "several steps a block",
     (128, 1, 2, (60, 0), 1): "a dense vector",
 }
+FAR = (0, 255, 256, 2048, 32767, 32768, 39999)
+"""Block rows or columns on both sides of where 16-bit indices, alone or times a block, overflow."""
 FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5e-4}
 """Relative to the result: plain torch may be exact by luck, so twice its error is not always fair."""
 
@@ -73,6 +87,15 @@ def product(name: str, mask_RC: Tensor, topology: Topology, backend: str) -> tup
 
 
 NAMES = ("sdd", "dsd", "dsd_t", "dds", "dds_t")
+BLOCKS = (16, 32, 64, 128)
+
+
+def random_case(block: int, trial: int, limit: int = 5) -> tuple[int, int, int, tuple[int, int], int]:
+    """A case like those of PRODUCTS, drawn: up to `limit` block rows and columns, any ragged edge, a dense size to 70."""
+    draw = random.Random(1000 * block + trial)
+    rows, columns = draw.randint(1, limit), draw.randint(1, limit)
+    short = (draw.randrange(block), draw.randrange(block))
+    return block, rows, columns, short, draw.randint(1, 70)
 
 
 def operands(name: str, topology: Topology, size: int) -> tuple[Tensor, Tensor]:
@@ -140,6 +163,59 @@ def check_close(what: str, result: Tensor, plain: Tensor, exact: Tensor) -> None
         assert scale >= 100 * limit, f"{what}: {scale:.2e} is too small to say anything with {limit:.2e}"
 
 
+def built(builder: str, block: int) -> tuple[Topology, Tensor]:
+    """(topology, the elements [M, N] that are in it), each way of building one; nothing here asks the topology."""
+    if builder in ("mask", "pruning"):
+        blocks_RC = mask_of(4, 3)
+        elements_MN = blocks_RC.repeat_interleave(block, 0).repeat_interleave(block, 1)[
+            : 4 * block - 5, : 3 * block - 3
+        ]
+        if builder == "mask":
+            return from_mask(blocks_RC, block, (4 * block - 5, 3 * block - 3)), elements_MN
+        # one element of each block is left by the pruning, at another place in each
+        kept_MN = torch.zeros_like(elements_MN)
+        for i, (row, column) in enumerate(blocks_RC.nonzero().tolist()):
+            kept_MN[row * block + 3 * i % (block - 5), column * block + 5 * i % (block - 3)] = True
+        return from_pruning(kept_MN, block), elements_MN
+    widths, rows, nowhere = (block + 3, 5, 2 * block), (block - 1, 0, block + 2), 4 * (builder == "routing")
+    elements_MN = torch.block_diag(*(torch.ones(r, w) for r, w in zip(rows, widths, strict=True))).bool()
+    elements_MN = torch.nn.functional.pad(elements_MN, (0, 0, 0, nowhere))
+    packed = PackedExperts.of(widths, block)
+    if builder == "widths":
+        return from_widths(rows, packed), elements_MN
+    offsets_E1 = torch.tensor([0, *rows]).cumsum(0)
+    return from_routing(offsets_E1, sum(rows) + nowhere, packed), elements_MN
+
+
+def check_builder(builder: str, block: int, backend: str) -> None:
+    """Chained products at a built topology against masked dense ones in float64, values and every gradient."""
+    topology, elements_MN = built(builder, block)
+    M, N = elements_MN.shape
+    assert topology.shape == (M, N)
+    options = {"backend": backend}
+
+    def ours(a, b, c, d):
+        values = sdd(a, b, topology, **options)
+        return torch.cat(
+            [
+                dsd(values, topology, c, **options).flatten(),
+                dds(d, values, topology, **options).flatten(),
+                dsd(values, topology, d.t(), transpose=True, **options).flatten(),
+                dds(c.t(), values, topology, transpose=True, **options).flatten(),
+            ]
+        )
+
+    def dense(a, b, c, d):
+        s = (a @ b) * elements_MN
+        return torch.cat([t.flatten() for t in (s @ c, d @ s, s.t() @ d.t(), c.t() @ s.t())])
+
+    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in ((M, 3), (3, N), (N, 2), (2, M))]
+    gradient = torch.randn(4 * (M + N), dtype=torch.float64)
+    got, exact = (results_and_gradients(function, inputs, gradient) for function in (ours, dense))
+    for what, result, wanted in zip(("out", "da", "db", "dc", "dd"), got, exact, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-11, atol=1e-11, msg=lambda text, w=what: f"{w}: {text}")
+
+
 # widths, block, tokens, rows per token, where rows go: the reason
 FFNS = {
     ((32, 32, 32), 16, 30, 2, "uniform"): "equal widths",
@@ -195,8 +271,6 @@ def loop_ffn(x, w_gate, w_up, w_down, weight_P, token_P, offsets_E1, widths, wei
 
 def check_ffn(case: tuple, dtype: torch.dtype, backend: str, weight_on: str) -> None:
     """Value and every gradient against the loop in float64, error at most twice that of the loop at `dtype`."""
-    from moe_triton.block_sparse import PackedExperts, variable_width_ffn
-
     widths, block, T, K, kind = case
     token_P, weight_P, offsets_E1 = routing_of(widths, T, K, kind)
     packed = PackedExperts.of(widths, block)

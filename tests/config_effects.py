@@ -345,6 +345,7 @@ EFFECTS: dict[str, Effect] = {
     "model.moe.num_experts": Effect(parameters, 4, 8),
     "model.moe.top_k": Effect(losses, 2, 3),
     "model.moe.expert_hidden": Effect(parameters, 8, 16),
+    "model.moe.expert_widths": Effect(parameters, [], [8, 16, 8, 8]),
     "model.moe.shared_hidden": Effect(parameters, 0, 8),
     "model.moe.shared_gate": Effect(parameters, False, True, ("model.moe.shared_hidden=8",)),
     "model.moe.latent_dim": Effect(parameters, 0, 4),

@@ -50,7 +50,13 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the tests marked `full`")
 
 
+LONGEST_FIRST = ("test_kernels_interpreted.py", "test_layouts.py", "test_gpu_check.py", "test_compile_gate.py")
+"""Files that take minutes: begun first, so that no process is left alone with one at the end."""
+
+
 def pytest_collection_modifyitems(config, items):
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     if config.getoption("--full"):
         return
     left_out = [item for item in items if item.get_closest_marker("full")]

@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from block_sparse_cases import (
+    BLOCKS,
+    FAR,
     FFNS,
     NAMES,
     PRODUCTS,
+    check_builder,
     check_ffn,
     check_product,
     dense_of,
     ffn_inputs,
     mask_of,
+    random_case,
     routing_of,
 )
 from torch import Tensor, nn
@@ -41,8 +45,6 @@ from moe_triton.block_sparse import (
 )
 
 ROOT = Path(__file__).parents[1]
-FAR = (0, 255, 256, 2048, 32767, 32768, 39999)
-"""Block columns on both sides of where 16-bit indices, alone or times a block, overflow."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -50,6 +52,19 @@ FAR = (0, 255, 256, 2048, 32767, 32768, 39999)
 @pytest.mark.parametrize("name", NAMES)
 def test_product_equals_masked_dense(name, case, dtype):
     check_product(name, case, dtype, "torch")
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_product_of_random_topologies_equals_masked_dense(name, block):
+    for trial in range(8):
+        check_product(name, random_case(block, trial), torch.float32, "torch")
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("builder", ["mask", "pruning", "widths", "routing"])
+def test_products_at_the_topology_of_each_builder(builder, block):
+    check_builder(builder, block, "torch")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,15 +141,22 @@ def test_no_blocks_give_zeros():
 
 
 def test_block_column_beyond_sixteen_bits():
+    """Products and gradients at far columns against the same columns side by side, in a matrix of their own."""
     mask = torch.zeros(1, 40_000, dtype=torch.bool)
     mask[0, list(FAR)] = True
     topology = from_mask(mask, 16)
     assert topology.column_index.tolist() == list(FAR)
-    a, b = torch.randn(16, 2), torch.randn(2, 16 * 40_000)
-    values = sdd(a, b, topology)
-    for place, column in enumerate(FAR):
-        torch.testing.assert_close(values[place], a @ b[:, 16 * column : 16 * column + 16])
     assert all(t.dtype == torch.int32 for t in topology.flat()[0])
+    far = (torch.tensor(FAR).unsqueeze(1) * 16 + torch.arange(16)).flatten()
+    a, b, x = (t.requires_grad_() for t in (torch.randn(16, 2), torch.randn(2, 640_000), torch.randn(640_000, 1)))
+    values = sdd(a, b, topology)
+    out = dsd(values, topology, x)
+    wanted = a @ b[:, far]
+    torch.testing.assert_close(values.transpose(0, 1).flatten(1), wanted)
+    torch.testing.assert_close(out, wanted @ x[far])
+    gradient = torch.randn(16, 1)
+    got = torch.autograd.grad(out, (a, b, x), gradient)
+    torch.testing.assert_close(got, torch.autograd.grad(wanted @ x[far], (a, b, x), gradient))
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
@@ -480,3 +502,40 @@ def test_training_at_ninety_percent_sparsity_beside_dense_and_random_mask():
     assert results["dense"][0] < min(loss for arm, (loss, _) in results.items() if arm != "dense")
     assert results["blocks, magnitude"][0] < results["blocks, random"][0]
     assert all(max(losses) < 0.9 * unigram for losses in results.values())
+
+
+def examples_of_the_page() -> list[str]:
+    text = (ROOT / "docs/block_sparse.md").read_text("utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def run_example(marker: str) -> dict:
+    """The names that the page's example with `marker` in it leaves behind."""
+    (example,) = (text for text in examples_of_the_page() if marker in text)
+    names: dict = {}
+    exec(compile(example, "docs/block_sparse.md", "exec"), names)
+    return names
+
+
+def test_the_pages_pruned_network_recovers(capsys):
+    names = run_example("BlockSparseLinear.from_dense")
+    before, after = names["before"], names["after"]
+    assert after[0] > 1.5 * before[-1] and after[-1] < 0.5 * after[0]
+    # what the comment shows is what is printed
+    (shown,) = re.findall(r"print\(first\)  # (.*)", "".join(examples_of_the_page()))
+    assert shown in capsys.readouterr().out
+    assert (names["dense"][0].weight == 0).float().mean().item() == pytest.approx(0.9, abs=0.001)
+
+
+def test_the_pages_windowed_product_is_the_masked_dense_one():
+    names = run_example("triu(-1)")
+    query, key, value = (names[name].detach() for name in ("query", "key", "value"))
+    mask = names["window"].repeat_interleave(32, 0).repeat_interleave(32, 1)[:250, :250]
+    torch.testing.assert_close(names["out"], ((query @ key.t()) * mask) @ value, rtol=1e-4, atol=1e-4)
+    assert names["scores"].shape == (15, 32, 32) and all(names[n].grad is not None for n in ("query", "key", "value"))
+
+
+def test_the_pages_layer_has_packed_parameters():
+    names = run_example("expert_widths=")
+    shapes = {tuple(p.shape) for p in names["layer"].experts.parameters()}
+    assert shapes == {(256, 48)} and all(p.grad.any() for p in names["layer"].experts.parameters())

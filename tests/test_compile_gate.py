@@ -25,6 +25,7 @@ from triton.runtime.errors import OutOfResources
 
 from moe_triton import roofline, tuning
 from moe_triton.compile_only import SHAPES, CompileCase, assembled, compile_case, compiling, facts
+from moe_triton.prediction import predict
 from moe_triton.targets import TARGETS
 
 # What the default suite compiles; the marker `full` has everything else.
@@ -195,7 +196,7 @@ def test_launches_have_the_tiles_that_the_roofline_counts():
     grids = {re.sub(r"_(fwd_)?kernel$", "", launch.kernel): launch.grid[0] for launch in launches}
     E = grids["plan_schedule"] - 1  # a program per expert, and one for what is left
     rows = 2048
-    for kernel in roofline.predict(roofline.Shape(rows // 2, D, F, E, 2), roofline.MACHINES["h100"]):
+    for kernel in predict(roofline.Shape(rows // 2, D, F, E, 2), roofline.MACHINES["h100"]):
         if not kernel.config:
             continue
         # the host's bound on row tiles holds for any routing: at most one more per expert than the model's

@@ -84,6 +84,7 @@ MODELS = {
     "widths per layer": model(ffn_hidden_per_layer=(8, 24, 40)),
     "one of one": model(moe=replace(EXPERTS, num_experts=1, top_k=1, router=TopK(gate="full"))),
     "all experts": model(moe=replace(EXPERTS, top_k=4)),
+    "all experts, of different widths": model(moe=replace(EXPERTS, top_k=4, expert_widths=(8, 24, 40, 17))),
     "loss free": model(moe=replace(EXPERTS, router=LossFree())),
     "hash": model(moe=replace(EXPERTS, router=Hash())),
     "expert choice": model(moe=replace(EXPERTS, router=ExpertChoice(capacity_factor=0.5))),
@@ -197,6 +198,7 @@ def random_run(draw: random.Random) -> Run:
             first_dense=first_dense,
             every=draw.choice([1, 1, 2]) if first_dense < layers - 1 else 1,
             router=TopK(gate="full", capacity_factor=draw.choice([0.0, 0.0, 0.75, 1.25])),
+            expert_widths=tuple(draw.randint(8, 2048) for _ in range(E)) if draw.random() < 0.2 else (),
         ),
     )
     train = Train(steps=1, batch_rows=1, micro_rows=1, optimizer=AdamW(lr=1e-3))
@@ -321,7 +323,7 @@ def saved_for_backward(config: Model, dtype: torch.dtype, rows: int, length: int
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["dense", "head norms", "latent", "experts", "shared"])
+@pytest.mark.parametrize("name", ["dense", "head norms", "latent", "experts", "widths", "shared"])
 def test_activation_memory_is_what_autograd_saves_to_ten_percent(name, precision):
     attention = GroupedQueryAttention(num_heads=6, num_kv_heads=3, head_dim=16)
     moe = MoE(num_experts=8, top_k=2, expert_hidden=40, router=TopK(), backend="torch")
@@ -331,6 +333,7 @@ def test_activation_memory_is_what_autograd_saves_to_ten_percent(name, precision
         "head norms": replace(base, attention=replace(attention, qk_norm="head")),
         "latent": replace(base, attention=replace(LATENT, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=24)),
         "experts": replace(base, moe=moe),
+        "widths": replace(base, moe=replace(moe, expert_widths=(16, 24, 40, 40, 40, 72, 8, 56))),
         "shared": replace(base, moe=replace(moe, shared_hidden=64, shared_gate=True, first_dense=1)),
     }[name]
     run = replace(run_of(config, precision=precision), data=Data(sequence_length=128))

@@ -174,7 +174,7 @@ def test_nothing_is_kept_without_gradient():
     dispatch = plan(routing_of(8, 4, 2))
     with torch.no_grad():
         out = torch.ops.moe_lab.expert_ffn(
-            x, *experts.parameters(), dispatch.token_P, dispatch.weight_P, dispatch.offsets_E1, False, False
+            x, *experts.parameters(), dispatch.token_P, dispatch.weight_P, dispatch.offsets_E1, [8] * 4, False, False
         )
     assert out[1].numel() == out[2].numel() == 0
 
@@ -188,7 +188,7 @@ def test_operator_contract():
         dispatch.token_P,
         dispatch.weight_P.double().requires_grad_(),
     )
-    torch.library.opcheck(torch.ops.moe_lab.expert_ffn, (*arguments, dispatch.offsets_E1, False, True))
+    torch.library.opcheck(torch.ops.moe_lab.expert_ffn, (*arguments, dispatch.offsets_E1, [6] * 3, False, True))
 
 
 def test_gradcheck():

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from moe import profile as profiler
 from moe.errors import UserError
-from moe_triton import roofline, roofline_page
-from moe_triton.roofline import MACHINES, Shape, floor_seconds, predict, saved_bytes
+from moe_triton import prediction, roofline, roofline_page
+from moe_triton.prediction import predict
+from moe_triton.roofline import MACHINES, Shape, floor_seconds, saved_bytes
 
 # Forward+backward ms of the least that a dataflow needs; GiB saved; GB moved. ours | scattermoe | grouped_mm on H100,
 # ours on H200 and A100 | saved by the three | moved by ours.
@@ -93,11 +94,11 @@ def test_tiles_are_counted_as_the_kernels_walk_them():
 
 
 def test_a_launch_lasts_until_its_last_tile():
-    assert roofline._makespan([1.0] * 132, 132) == 1
-    assert roofline._makespan([1.0] * 133, 132) == 2
-    assert roofline._makespan([3.0, 1.0, 1.0, 1.0], 2) == 3
-    assert roofline._makespan([1.0, 1.0, 1.0, 3.0], 2) == 4  # the long one comes last
-    assert roofline._makespan([], 132) == 0
+    assert prediction._makespan([1.0] * 132, 132) == 1
+    assert prediction._makespan([1.0] * 133, 132) == 2
+    assert prediction._makespan([3.0, 1.0, 1.0, 1.0], 2) == 3
+    assert prediction._makespan([1.0, 1.0, 1.0, 3.0], 2) == 4  # the long one comes last
+    assert prediction._makespan([], 132) == 0
 
 
 def test_one_busy_expert_shows_as_idle_multiprocessors():

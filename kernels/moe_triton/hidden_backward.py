@@ -105,9 +105,8 @@ def hidden_bwd_kernel(
     w_down_ptr += expert * (F * D)
     at_w = f[None, :] * D + d[:, None]
     dweight = tl.zeros([BLOCK_M], dtype=ACC)
-    if (
-        BIASED and column == 0
-    ):  # a loop of its own, in one column tile: in the one below it would cost all of them registers
+    # a loop of its own, in one column tile: in the one below it would cost all of them registers
+    if BIASED and column == 0:
         for start in range(0, D, BLOCK_K):
             in_d = within(start + d, D, BLOCK_K)
             b_down = tl.load(b_down_ptr + expert * D + start + d, mask=in_d, other=0).to(ACC)

@@ -7,14 +7,13 @@ Plain Python: imports neither torch nor triton.
 
 from collections.abc import Sequence
 
+from moe_triton.prediction import Kernel, predict
 from moe_triton.roofline import (
     GRID,
     MACHINES,
-    Kernel,
     Shape,
     floor_seconds,
     moved_bytes,
-    predict,
     saved_bytes,
     useful_flops,
     zipf_counts,

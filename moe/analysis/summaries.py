@@ -68,14 +68,21 @@ def rows_per_position(run: RunRows) -> dict[int, float]:
 def measured_flops(run: RunRows, expected_rows: float | None) -> float:
     """Training FLOPs per token with measured instead of expected expert rows.
 
-    A row costs 18·D·F: three matrix products of 2·D·F forward, twice that backward.
+    A row costs 18·D·F, F of its own expert: three matrix products of 2·D·F forward, twice that backward. Drops are logged
+    for all experts together, and so spread over them in proportion to their rows.
     """
     flops = float(run.summary["train_flops_per_token"])
     moe = run.config["model"].get("moe")
     if not moe or expected_rows is None:
         return flops
-    row_flops = 18 * (moe.get("latent_dim") or run.config["model"]["dim"]) * moe["expert_hidden"]
-    return flops + row_flops * sum(measured - expected_rows for measured in rows_per_position(run).values())
+    widths = np.asarray(moe.get("expert_widths") or moe["expert_hidden"], dtype=float)
+    positions = run.config["train"]["batch_rows"] * run.config["data"]["sequence_length"]
+    hidden = [
+        np.mean([np.sum(widths * row["counts"]) * (1 - row["drop_rate"]) / positions for row in rows])
+        for rows in by_layer(run).values()
+    ]
+    dim = moe.get("latent_dim") or run.config["model"]["dim"]
+    return flops + 18 * dim * float(sum(hidden) - len(hidden) * expected_rows * widths.mean())
 
 
 def arm_summary(name: str, runs: Sequence[RunRows], expected_rows: float | None, timing: Json | None) -> Json:

@@ -1,7 +1,7 @@
 """Rules between fields, checked before any device is touched. Each message: the rule, the numbers, the way out."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from moe.config.schema import (
     BpeTokenizer,
@@ -12,6 +12,7 @@ from moe.config.schema import (
     MoE,
     Run,
     Wsd,
+    expert_widths,
     is_moe_layer,
 )
 from moe.config.words import joined
@@ -167,12 +168,31 @@ def _experts(moe: MoE) -> Iterator[str]:
     if moe.shared_gate and not moe.shared_hidden:
         yield (
             "model.moe.shared_gate (true) needs a shared expert, and shared_hidden is 0: "
-            f"use model.moe.shared_hidden={moe.expert_hidden} or shared_gate=false"
+            f"use model.moe.shared_hidden={max(expert_widths(moe))} or shared_gate=false"
         )
+    if moe.expert_widths and len(moe.expert_widths) != moe.num_experts:
+        yield (
+            f"model.moe.expert_widths has {len(moe.expert_widths)} entries for num_experts={moe.num_experts}: "
+            f"give {moe.num_experts}, or [] to use expert_hidden ({moe.expert_hidden}) everywhere"
+        )
+    refusal = unequal_widths(moe.backend, expert_widths(moe))
+    if refusal:
+        yield f"model.moe.backend: {refusal}"
     try:
         moe.router.check(num_experts=moe.num_experts, top_k=moe.top_k)
     except ConfigError as error:
         yield f"model.moe.router: {error}"
+
+
+def unequal_widths(backend: str, widths: Sequence[int]) -> str:
+    """Why an expert backend cannot compute experts of these widths; empty if it can. Only `triton` needs one width."""
+    if backend != "triton" or len(set(widths)) == 1:
+        return ""
+    return (
+        f"expert backend 'triton' multiplies experts of one width, and these {len(widths)} have {len(set(widths))}, from "
+        f"{min(widths)} to {max(widths)}: use 'block_sparse' (a GPU), 'torch' or 'reference', or give every expert the "
+        "same width"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- rest

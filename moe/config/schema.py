@@ -146,6 +146,8 @@ class MoE:
     """K, experts per token (for expert choice: on average)."""
     expert_hidden: PositiveInt
     """F, hidden size of one routed expert."""
+    expert_widths: tuple[PositiveInt, ...] = ()
+    """F of each routed expert, when they differ (expert_hidden is unused then); empty: expert_hidden everywhere."""
     shared_hidden: NonNegativeInt = 0
     """Hidden size of the shared expert that every token passes; 0 for none."""
     shared_gate: bool = False
@@ -457,6 +459,11 @@ def is_moe_layer(model: Model, layer: int) -> bool:
 def expert_dim(model: Model) -> int:
     """Width of what goes into and comes out of a routed expert."""
     return (model.moe.latent_dim if model.moe is not None else 0) or model.dim
+
+
+def expert_widths(moe: MoE) -> tuple[int, ...]:
+    """F of each routed expert."""
+    return moe.expert_widths or (moe.expert_hidden,) * moe.num_experts
 
 
 def ffn_hidden(model: Model, layer: int) -> int:

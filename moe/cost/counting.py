@@ -11,7 +11,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, expert_dim, ffn_hidden, is_moe_layer
+from moe.config.schema import (
+    GroupedQueryAttention,
+    LatentAttention,
+    Model,
+    expert_dim,
+    expert_widths,
+    ffn_hidden,
+    is_moe_layer,
+)
 
 Number = TypeVar("Number", int, float)
 
@@ -24,7 +32,7 @@ class Part(NamedTuple):
     total: int
     """Parameters."""
     active: int
-    """Parameters that a token uses: K of the E experts, everything else whole."""
+    """Parameters that a token uses: K of the E experts (of mean width, where they differ), everything else whole."""
     multiplied: float
     """Weights that a token's vector is multiplied with; 2 FLOPs each."""
 
@@ -35,7 +43,8 @@ class Parameters:
 
     total: int
     active: int
-    """Embedding, head and shared expert whole, K of E routed experts."""
+    """Embedding, head and shared expert whole, K of E routed experts; where their widths differ, the expectation under
+    uniform routing, K·Σ widths / E, rounded."""
     components: dict[str, int]
     """Total by component."""
     active_components: dict[str, int]
@@ -65,7 +74,8 @@ def parameters(model: Model) -> Parameters:
 def forward_flops_per_token(model: Model, sequence_length: int, *, causal_half: bool = False) -> float:
     """FLOPs of a forward pass with loss, over S tokens, divided by S.
 
-    Routed experts count with the router's expected rows per token. With `causal_half`, scores count only the pairs that
+    Routed experts count with the router's expected rows per token, spread evenly where widths differ (what a run really
+    routed: `moe.analysis.summaries.measured_flops`). With `causal_half`, scores count only the pairs that
     the causal mask and the windows leave, about half of S×S (documents packed into one row are not told apart).
     """
     return sum(flops_by_component(model, sequence_length, causal_half=causal_half).values())
@@ -116,12 +126,12 @@ def _block(model: Model, layer: int) -> list[Part]:
     assert moe is not None
     router = moe.router.parameters(dim=model.dim, num_experts=moe.num_experts, top_k=moe.top_k)
     rows = moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
-    expert = 3 * expert_dim(model) * moe.expert_hidden
+    experts = 3 * expert_dim(model) * sum(expert_widths(moe))
     parts = [
         norms,
         _attention(model),
         Part("router", router, router, router),
-        Part("experts", moe.num_experts * expert, moe.top_k * expert, rows * expert),
+        Part("experts", experts, round(moe.top_k * experts / moe.num_experts), rows * (experts / moe.num_experts)),
     ]
     if moe.latent_dim:
         parts.append(Part("latent", *(2 * model.dim * moe.latent_dim,) * 3))

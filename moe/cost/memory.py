@@ -5,8 +5,20 @@ saving two float32 tensors (as on the CPU; a fused GPU norm saves one), experts 
 and no allocator or library overhead. `tests/test_cost.py` holds it to within 10 % of what autograd saves.
 """
 
-from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, Run, ffn_hidden, is_moe_layer
+import math
+
+from moe.config.schema import (
+    GroupedQueryAttention,
+    LatentAttention,
+    Model,
+    MoE,
+    Run,
+    expert_widths,
+    ffn_hidden,
+    is_moe_layer,
+)
 from moe.cost.counting import parameters
+from moe_triton.block_sizes import block_of, max_blocks
 
 FLOAT32 = 4
 
@@ -14,18 +26,20 @@ FLOAT32 = 4
 def memory_bytes(run: Run) -> dict[str, int]:
     """Bytes per rank of a step of plain data parallelism, by purpose; their sum estimates the peak.
 
-    parameters, gradients and optimizer (Adam's two averages) in float32; weight_casts: the bfloat16 copies of matrices
-    that autograd keeps; activations: what one micro-batch keeps for backward; masks: attention masks, for documents or
-    windows; logits: log-probabilities and their gradient. With activation checkpointing only block inputs, routing
-    choices and the largest block count. Experts keep x, both pre-activations of each routed row, and indices: D +
-    2·K·F elements per token.
+    parameters, gradients and optimizer (Adam's two averages) in float32; weight_casts: the copies of matrices that
+    autograd keeps, in bfloat16 (or in the order in which `block_sparse` wants experts of one width); activations: what one
+    micro-batch keeps for backward; masks: attention masks, for documents or windows; logits: log-probabilities and their
+    gradient. With activation checkpointing only block inputs, routing choices and the largest block count. Experts keep
+    x, both pre-activations of each routed row, and indices: D + 2·K·F elements per token. Where rows go is not known
+    beforehand, so of experts of different widths F is the widest, and `block_sparse` keeps as many whole blocks as the
+    fullest routing needs.
     """
     model, train = run.model, run.train
     counts = parameters(model)
     tokens = train.micro_rows * run.data.sequence_length
     size = 2 if train.precision == "bfloat16" else FLOAT32
-    blocks = [_block_bytes(model, layer, size) for layer in range(model.num_layers)]
-    casts = [size * sum(n for name, n in layer.items() if name not in ("norm", "router")) for layer in counts.layers]
+    blocks = [_block_bytes(model, layer, size, tokens) for layer in range(model.num_layers)]
+    casts = [_cast_bytes(model, layer, size) for layer in counts.layers]
     masks = [run.data.sequence_length * size if _masked(model, layer) else 0 for layer in range(model.num_layers)]
     around = _norm_bytes(model.dim, size)
     if train.activation_checkpointing:
@@ -38,7 +52,7 @@ def memory_bytes(run: Run) -> dict[str, int]:
         "parameters": FLOAT32 * counts.total,
         "gradients": FLOAT32 * counts.total,
         "optimizer": 2 * FLOAT32 * counts.total,
-        "weight_casts": 0 if size == FLOAT32 else cast + head_cast,
+        "weight_casts": cast + head_cast,
         "activations": round(tokens * (held + around)),
         "masks": tokens * mask,
         "logits": tokens * model.vocab_size * 2 * FLOAT32,
@@ -53,8 +67,17 @@ def _masked(model: Model, layer: int) -> bool:
     return model.document_mask or attention.sinks or attention.windows[layer % len(attention.windows)] > 0
 
 
-def _block_bytes(model: Model, layer: int, size: int) -> float:
-    """Bytes per token that one block keeps for backward, masks apart."""
+def _cast_bytes(model: Model, components: dict[str, int], size: int) -> int:
+    """Bytes of the copies of one block's matrices that autograd keeps."""
+    if size != FLOAT32:
+        return size * sum(n for name, n in components.items() if name not in ("norm", "router"))
+    moe = model.moe
+    copies = moe is not None and moe.backend == "block_sparse" and len(set(expert_widths(moe))) == 1
+    return size * 2 * components.get("experts", 0) // 3 if copies else 0
+
+
+def _block_bytes(model: Model, layer: int, size: int, tokens: int) -> float:
+    """Bytes per token that one block keeps for backward, masks apart, where a micro-batch has `tokens` of them."""
     kept = 2 * _norm_bytes(model.dim, size) + _attention_bytes(model.attention, size)
     if not is_moe_layer(model, layer):
         return kept + _swiglu_bytes(ffn_hidden(model, layer), size)
@@ -66,7 +89,16 @@ def _block_bytes(model: Model, layer: int, size: int) -> float:
     shared = _swiglu_bytes(moe.shared_hidden, size) if moe.shared_hidden else 0
     shared_gate = 2 * size * model.dim if moe.shared_gate else 0
     latent = 2 * size * moe.latent_dim  # what goes into the experts and what comes out of them
-    return kept + router + 2 * rows * moe.expert_hidden * size + latent + shared + shared_gate
+    return kept + router + 2 * size * _hidden_elements(moe, rows * tokens) / tokens + latent + shared + shared_gate
+
+
+def _hidden_elements(moe: MoE, rows: float) -> float:
+    """Elements of one pre-activation of all routed rows of a micro-batch."""
+    widths = expert_widths(moe)
+    if moe.backend != "block_sparse":
+        return rows * max(widths)
+    block = block_of(widths)
+    return max_blocks(widths, math.ceil(rows), block) * block**2
 
 
 def _choice_bytes(model: Model, layer: int) -> int:

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from moe.config.schema import Model, Run, ffn_hidden
+from moe.config.schema import Model, Run, expert_widths, ffn_hidden
+from moe.config.words import typed
 from moe.cost.counting import flops_by_layer, moe_layers, train_flops_per_token
 from moe.errors import ConfigError
 
@@ -68,21 +69,24 @@ def _with_widths(model: Model, hidden: dict[int, int]) -> Model:
 
 def _too_different(run: Run, twin: Model, difference: float) -> str:
     widths = sorted({ffn_hidden(twin, layer) for layer in moe_layers(run.model)})
-    fitting = _fitting_width(run)
-    way_out = f"use model.moe.expert_hidden={fitting}" if fitting else "use more or wider experts"
+    fitting = _fitting_setting(run)
+    way_out = f"use {fitting}" if fitting else "use more or wider experts"
     return (
         f"the dense twin must agree with {run.name} in FLOPs per token to {TOLERANCE:.1%}, but its FFN of hidden size "
         f"{' and '.join(map(str, widths))}, rounded to multiples of {MULTIPLE}, differs by {difference:+.2%}: {way_out}"
     )
 
 
-def _fitting_width(run: Run) -> int | None:
-    """The width of experts nearest to the run's, up to 64 away, for which there is a twin."""
+def _fitting_setting(run: Run) -> str:
+    """The setting with all experts a little wider or narrower, by up to 64, nearest to the run's, for which there is a twin."""
     moe, length = run.model.moe, run.data.sequence_length
     assert moe is not None
-    near = range(max(1, moe.expert_hidden - 64), moe.expert_hidden + 65)
-    for width in sorted(near, key=lambda width: abs(width - moe.expert_hidden)):
-        model = replace(run.model, moe=replace(moe, expert_hidden=width))
+    for change in sorted(range(-64, 65), key=abs):
+        widths = tuple(width + change for width in expert_widths(moe))
+        if min(widths) < 1:
+            continue
+        name, value = ("expert_widths", widths) if moe.expert_widths else ("expert_hidden", widths[0])
+        model = replace(run.model, moe=replace(moe, **{name: value}))
         if abs(_difference(model, _densify(model, length), length)) <= TOLERANCE:
-            return width
-    return None
+            return f"model.moe.{name}={typed(value)}"
+    return ""

@@ -93,8 +93,9 @@ class Bench:
             for layer in layers:
                 yield line("random", layer, self.losses(self._random(0), only=layer)[0])
         yield line("hash", None, self.losses(self._hash)[0])
-        with self._merged():
-            yield line("merged", None, self.losses()[0])
+        if all(len(set(module.experts.widths)) == 1 for _, module in self.model.moe_layers()):
+            with self._merged():
+                yield line("merged", None, self.losses()[0])
         yield line("dropped", None, self.losses(self._without(counts))[0])
         yield self._regret(own, targets)
 
@@ -160,7 +161,7 @@ class Bench:
 
     @contextmanager
     def _merged(self) -> Iterator[None]:
-        """Every expert is the mean of its layer's."""
+        """Every expert is the mean of its layer's, which experts of different widths have not."""
         kept = {layer: copy.deepcopy(module.experts.state_dict()) for layer, module in self.model.moe_layers()}
         try:
             with torch.no_grad():

@@ -2,22 +2,38 @@
 
 A backend is a function over the weights, so a checkpoint never depends on it. There is no silent fallback: a backend
 that cannot run raises and names one that can, and `auto` is resolved once (`resolve_backend`).
+
+| experts | parameters | canonical names |
+| --- | --- | --- |
+| of one width F | [E, D, F], [E, D, F], [E, F, D] | `w_gate_EDF`, `w_up_EDF`, `w_down_EFD` |
+| of different widths, F their sum | [F, D] each, expert after expert | `w_gate_FD`, `w_up_FD`, `w_down_FD` |
+
+Row f of the packed three is one hidden unit: its weights from x to gate and up, and from hidden to y. Expert e has the
+rows from Σ widths[:e] to Σ widths[:e+1], so that a slice of rows is an expert, whatever its width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from moe.config.check import unequal_widths
 from moe.errors import BackendError
-from moe.experts import reference, torch_backend, triton_backend
+from moe.experts import block_sparse_backend, reference, torch_backend, triton_backend
 from moe.routing import Dispatch
+from moe_triton.block_sizes import block_of
+from moe_triton.block_sparse import PackedExperts
 
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Dispatch], Tensor]
+_INDICES = ("first_block_E1", "expert_C", "column_bounds")
+"""Buffers that hold a PackedExperts on the device of the weights; they follow from the widths, and no checkpoint has them."""
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Dispatch, PackedExperts | None], Tensor]
+"""(x, gate, up, down, dispatch, packed) to y. packed: widths and blocks of packed weights; None where they are stacked,
+except for `block_sparse`, which always needs blocks."""
 BACKENDS: dict[str, Backend] = {
     "reference": reference.expert_ffn,
     "torch": torch_backend.expert_ffn,
     "triton": triton_backend.expert_ffn,
+    "block_sparse": block_sparse_backend.expert_ffn,
 }
 
 
@@ -28,22 +44,49 @@ def resolve_backend(name: str) -> str:
     if name not in BACKENDS:
         known = ", ".join(f"'{known}'" for known in BACKENDS)
         raise BackendError(f"expert backend '{name}' is not available in this version: use one of {known}, or 'auto'")
-    if name == "triton":
-        triton_backend.require()
+    if name in ("triton", "block_sparse"):
+        triton_backend.require(name)
     return name
 
 
 class Experts(nn.Module):
-    """E SwiGLU feed-forward networks of width F. Parameters are contiguous: [E, D, F], [E, D, F], [E, F, D]."""
+    """E SwiGLU feed-forward networks, of width `hidden` or of `widths`; the module's docstring has the parameters."""
 
-    def __init__(self, num_experts: int, dim: int, hidden: int, backend: str = "auto"):
+    def __init__(
+        self, num_experts: int, dim: int, hidden: int, backend: str = "auto", *, widths: Sequence[int] = ()
+    ) -> None:
         super().__init__()
+        self.widths = tuple(widths) or (hidden,) * num_experts
+        refusal = unequal_widths(backend, self.widths)
+        if refusal:
+            raise BackendError(refusal)
         self.backend = resolve_backend(backend)
-        self.w_gate_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden))
-        self.w_up_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden))
-        self.w_down_EFD = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        if len(set(self.widths)) > 1:
+            F = sum(self.widths)
+            self.w_gate_FD = nn.Parameter(torch.empty(F, dim))
+            self.w_up_FD = nn.Parameter(torch.empty(F, dim))
+            self.w_down_FD = nn.Parameter(torch.empty(F, dim))
+        else:
+            F = self.widths[0]
+            self.w_gate_EDF = nn.Parameter(torch.empty(num_experts, dim, F))
+            self.w_up_EDF = nn.Parameter(torch.empty(num_experts, dim, F))
+            self.w_down_EFD = nn.Parameter(torch.empty(num_experts, F, dim))
+        if len(set(self.widths)) > 1 or self.backend == "block_sparse":
+            packed = PackedExperts.of(
+                self.widths, block_of(self.widths)
+            )  # on the CPU, even where the default device is meta
+            for name in _INDICES:
+                self.register_buffer(name, getattr(packed, name), persistent=False)
+
+    @property
+    def packed(self) -> PackedExperts | None:
+        """Widths and blocks of the experts; None where they are of one width and no backend asks for blocks."""
+        if not hasattr(self, _INDICES[0]):
+            return None
+        indices = {name: getattr(self, name) for name in _INDICES}
+        return PackedExperts(widths=self.widths, block=block_of(self.widths), **indices)
 
     def forward(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
         """Gather, compute, weigh and sum: x_TD [T, D] to y_TD [T, D] in the same type."""
-        gate, up, down = (w.to(x_TD.dtype) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD))
-        return BACKENDS[self.backend](x_TD, gate, up, down, dispatch)
+        gate, up, down = (w.to(x_TD.dtype) for w in self.parameters())
+        return BACKENDS[self.backend](x_TD, gate, up, down, dispatch, self.packed)

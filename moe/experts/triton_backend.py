@@ -8,26 +8,40 @@ from torch import Tensor
 
 from moe.errors import BackendError
 from moe.routing import Dispatch
+from moe_triton.block_sparse import PackedExperts
 
 
-def require() -> None:
+def require(name: str = "triton") -> None:
     """Raise BackendError where no kernel can run: without triton, or without a GPU unless triton interprets."""
     if importlib.util.find_spec("triton") is None:
-        raise BackendError("expert backend 'triton' needs the package triton (Linux only): install it, or use 'torch'")
+        raise BackendError(f"expert backend '{name}' needs the package triton (Linux only): install it, or use 'torch'")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise BackendError(
-            "expert backend 'triton' needs a GPU, and torch sees none: use 'torch', or set TRITON_INTERPRET=1 to run the "
+            f"expert backend '{name}' needs a GPU, and torch sees none: use 'torch', or set TRITON_INTERPRET=1 to run the "
             "kernels in Python on the CPU (correct, and thousands of times slower)"
         )
 
 
-def expert_ffn(x_TD: Tensor, w_gate_EDF: Tensor, w_up_EDF: Tensor, w_down_EFD: Tensor, dispatch: Dispatch) -> Tensor:
-    """Apply the experts and sum their weighted outputs per token: y_TD, of x_TD's type."""
+def require_device(name: str, x_TD: Tensor) -> None:
+    """Raise BackendError for tensors on the CPU, unless triton interprets."""
     if x_TD.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BackendError(
-            "expert backend 'triton' was given tensors on the CPU: move the model to a GPU, use 'torch', or set "
+            f"expert backend '{name}' was given tensors on the CPU: move the model to a GPU, use 'torch', or set "
             "TRITON_INTERPRET=1 to run the kernels in Python"
         )
+
+
+def expert_ffn(
+    x_TD: Tensor,
+    w_gate_EDF: Tensor,
+    w_up_EDF: Tensor,
+    w_down_EFD: Tensor,
+    dispatch: Dispatch,
+    packed: PackedExperts | None = None,
+) -> Tensor:
+    """Apply the experts and sum their weighted outputs per token: y_TD, of x_TD's type. Stacked weights only."""
+    assert w_up_EDF.ndim == 3, "experts of different widths are refused when the layer is built"
+    require_device("triton", x_TD)
     # imported here because triton exists on Linux only
     from moe_triton import ffn, plan, tiles
 

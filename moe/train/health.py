@@ -320,7 +320,7 @@ def watching(model: Transformer) -> Iterator[list[Seen]]:
 
 
 def _num_experts(layer: MoELayer) -> int:
-    return layer.experts.w_gate_EDF.shape[0]
+    return len(layer.experts.widths)
 
 
 def _router_parameters(model: Transformer) -> dict[int, nn.Parameter]:

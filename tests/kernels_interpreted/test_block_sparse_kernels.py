@@ -3,27 +3,32 @@
 The CPU path runs the same cases in ../test_block_sparse.py. Out-of-bounds access and unwritten memory fail (conftest).
 """
 
+import copy
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from block_sparse_cases import (
+    BLOCKS,
+    FAR,
     FFNS,
     NAMES,
     PRODUCTS,
+    check_builder,
     check_ffn,
     check_product,
     dense_of,
     ffn_inputs,
     mask_of,
+    random_case,
     routing_of,
 )
 from torch import nn
 
 from moe_triton.block_sparse import BlockSparseLinear, PackedExperts, dds, dsd, from_mask, sdd, variable_width_ffn
 
-FAR = (0, 255, 256, 2048, 32767, 32768, 39999)
-"""Block columns on both sides of where 16-bit indices, alone or times a block, overflow."""
+SPARSITY = 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -31,6 +36,26 @@ FAR = (0, 255, 256, 2048, 32767, 32768, 39999)
 @pytest.mark.parametrize("name", NAMES)
 def test_product_equals_masked_dense(name, case, dtype):
     check_product(name, case, dtype, "triton")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_product_of_random_topologies_equals_masked_dense(name, block, dtype):
+    for trial in range(6):
+        check_product(name, random_case(block, trial), dtype, "triton")
+
+
+@pytest.mark.parametrize(
+    ("builder", "block"),
+    [
+        pytest.param(builder, block, marks=() if (builder, block) == ("routing", 16) else pytest.mark.full)
+        for builder, block in itertools.product(("mask", "pruning", "widths", "routing"), BLOCKS)
+    ],
+)
+def test_products_at_the_topology_of_each_builder(builder, block):
+    check_builder(builder, block, "triton")
 
 
 def test_bfloat16_operands_are_made_wide_for_the_interpreter():
@@ -72,31 +97,51 @@ def test_expanded_gradient():
 
 
 def test_block_column_beyond_sixteen_bits():
+    """The gradients that read far columns; those that write them take a program per column (the full tier)."""
     mask = torch.zeros(1, 40_000, dtype=torch.bool)
     mask[0, list(FAR)] = True
     topology = from_mask(mask, 16)
-    a, b, x = torch.randn(16, 2), torch.randn(2, 16 * 40_000), torch.randn(16 * 40_000, 1)
+    far = (torch.tensor(FAR).unsqueeze(1) * 16 + torch.arange(16)).flatten()
+    a, b, x = torch.randn(16, 2, requires_grad=True), torch.randn(2, 640_000), torch.randn(640_000, 1)
     values = sdd(a, b, topology, backend="triton")
-    out = torch.zeros(16, 1)
-    for place, column in enumerate(FAR):
-        span = slice(16 * column, 16 * column + 16)
-        torch.testing.assert_close(values[place], a @ b[:, span])
-        out += a @ b[:, span] @ x[span]
-    torch.testing.assert_close(dsd(values, topology, x, backend="triton"), out)
+    out = dsd(values, topology, x, backend="triton")
+    wanted = a @ b[:, far]
+    torch.testing.assert_close(values.transpose(0, 1).flatten(1), wanted)
+    torch.testing.assert_close(out, wanted @ x[far])
+    # d values is a product at the far columns, da one that reads them
+    gradient = torch.randn(16, 1)
+    (got,), (exact,) = (torch.autograd.grad(y, a, gradient) for y in (out, wanted @ x[far]))
+    torch.testing.assert_close(got, exact)
 
 
 def test_block_row_beyond_sixteen_bits():
     mask = torch.zeros(40_000, 1, dtype=torch.bool)
     mask[list(FAR)] = True
     topology = from_mask(mask, 16)
-    a, b, x = torch.randn(16 * 40_000, 2), torch.randn(2, 16), torch.randn(16 * 40_000, 1)
+    far = (torch.tensor(FAR).unsqueeze(1) * 16 + torch.arange(16)).flatten()
+    a, b, x = torch.randn(640_000, 2), torch.randn(2, 16, requires_grad=True), torch.randn(640_000, 1)
     values = sdd(a, b, topology, backend="triton")
-    out = torch.zeros(16, 1)
-    for place, row in enumerate(FAR):
-        span = slice(16 * row, 16 * row + 16)
-        torch.testing.assert_close(values[place], a[span] @ b)
-        out += (a[span] @ b).t() @ x[span]
-    torch.testing.assert_close(dsd(values, topology, x, transpose=True, backend="triton"), out)
+    out = dsd(values, topology, x, transpose=True, backend="triton")
+    wanted = a[far] @ b
+    torch.testing.assert_close(values.flatten(0, 1), wanted)
+    torch.testing.assert_close(out, wanted.t() @ x[far])
+    gradient = torch.randn(16, 1)
+    (got,), (exact,) = (torch.autograd.grad(y, b, gradient) for y in (out, wanted.t() @ x[far]))
+    torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("transpose", [False, True], ids=["rows", "columns"])
+def test_rows_of_the_result_beyond_sixteen_bits(transpose):
+    """One program per block row (or column) of 40,000, of which seven have a block; the others must write zeros."""
+    mask = torch.zeros(40_000, 1, dtype=torch.bool)
+    mask[list(FAR)] = True
+    topology = from_mask(mask.t() if transpose else mask, 16)
+    values, x = torch.randn(len(FAR), 16, 16), torch.randn(16, 1)
+    out = dsd(values, topology, x, transpose=transpose, backend="triton")
+    wanted = torch.zeros(40_000, 16, 1)
+    wanted[list(FAR)] = (values.transpose(1, 2) if transpose else values) @ x
+    torch.testing.assert_close(out, wanted.flatten(0, 1))
 
 
 def test_place_of_a_block_beyond_sixteen_bits():
@@ -149,17 +194,17 @@ def test_launches_of_the_experts(launches):
     assert len(launches) == len(products) + 4, "the activation and the segmented sum, forward and backward"
 
 
-def test_ten_training_steps_equal_the_cpu_path():
-    """A pruned two-layer network on a fixed batch: the losses of both paths to 1e-5."""
-    x, target = torch.randn(24, 40), torch.randint(10, (24,))
-    linear, head = nn.Linear(40, 70), nn.Linear(70, 10)
+def test_ten_training_steps_at_ninety_percent_sparsity_equal_the_cpu_path():
+    """Two pruned layers of 160 and their head on a fixed batch: the losses of both paths to 1e-5."""
+    x, target = torch.randn(24, 160), torch.randint(10, (24,))
+    linears, head = [nn.Linear(160, 160) for _ in range(2)], nn.Linear(160, 10)
     losses = {}
     for backend in ("torch", "triton"):
-        layers = [
-            BlockSparseLinear.from_dense(m.weight, 16, 0.5, bias=m.bias.detach(), backend=backend)
-            for m in (linear, head)
-        ]
-        model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
+        first, second = (
+            BlockSparseLinear.from_dense(m.weight, 16, SPARSITY, bias=m.bias.detach(), backend=backend) for m in linears
+        )
+        assert first.values.shape[0] == second.values.shape[0] == 10, "a tenth of 10×10 blocks"
+        model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), copy.deepcopy(head))
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         losses[backend] = []
         for _ in range(10):

@@ -138,6 +138,11 @@ def _rows_of_blocks(weight_P: Tensor, topology: Topology) -> Tensor:
     return tiles.index_select(0, topology.row_index)
 
 
+def _rows_along_F(w_DF: Tensor) -> bool:
+    """Whether a weight is the transposed view of [F, D]: its gradient then is too, so that adding it up moves nothing."""
+    return w_DF.t().is_contiguous() and not w_DF.is_contiguous()
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -197,10 +202,14 @@ def _backward(
     )
     dx_TD, dw_gate, dw_up, dw_down = (x_TD.new_empty(0, 0) for _ in range(4))
     if needs_weights:
-        tokens = {"transpose": True, "dense_row_K": token_P}
-        dw_gate = products.dsd(dgate_NBB, x_TD, topology, transpose_out=True, **tokens)
-        dw_up = products.dsd(dup_NBB, x_TD, topology, transpose_out=True, **tokens)
-        dw_down = products.dsd(hidden_NBB, dy_TD, topology, transpose_out=False, **tokens)
+        by_token = {"transpose": True, "dense_row_K": token_P}
+        dw_down = products.dsd(hidden_NBB, dy_TD, topology, transpose_out=False, **by_token)
+        dw_gate, dw_up = (
+            products.dsd(d_NBB, x_TD, topology, transpose_out=False, **by_token).t()
+            if _rows_along_F(w_DF)
+            else products.dsd(d_NBB, x_TD, topology, transpose_out=True, **by_token)
+            for w_DF, d_NBB in ((w_gate_DF, dgate_NBB), (w_up_DF, dup_NBB))
+        )
     if needs_x:
         dx_PD = products.dsd(dgate_NBB, w_gate_DF.t(), topology, transpose=False, transpose_out=False)
         dx_PD += products.dsd(dup_NBB, w_up_DF.t(), topology, transpose=False, transpose_out=False)
@@ -228,8 +237,13 @@ def _(
     backend,
 ):
     dx_TD = x_TD.new_empty(x_TD.shape if needs_x else (0, 0))
-    dweights = (w.new_empty(w.shape if needs_weights else (0, 0)) for w in (w_gate_DF, w_up_DF, w_down_FD))
-    return dx_TD, *dweights, weight_P.new_empty(weight_P.shape)
+    dweight_P = weight_P.new_empty(weight_P.shape)
+    if not needs_weights:
+        return dx_TD, *(w.new_empty(0, 0) for w in (w_gate_DF, w_up_DF, w_down_FD)), dweight_P
+    dw_gate, dw_up = (
+        w.new_empty(w.t().shape).t() if _rows_along_F(w) else w.new_empty(w.shape) for w in (w_gate_DF, w_up_DF)
+    )
+    return dx_TD, dw_gate, dw_up, w_down_FD.new_empty(w_down_FD.shape), dweight_P
 
 
 def _saves(ctx, inputs, output) -> None:
@@ -257,9 +271,9 @@ _forward.register_autograd(_gradients, setup_context=_saves)
 
 
 def compile_cases() -> list[CompileCase]:
-    """Forward and backward with equal and with odd widths, the weight on either side."""
+    """Forward and backward with equal and with odd widths, the weight on either side, W_gate and W_up in either layout."""
 
-    def case(block: int, widths: list[int], weight_on: Literal["output", "input"]):
+    def case(block: int, widths: list[int], weight_on: Literal["output", "input"], *, rows_along_F: bool = False):
         def run(dtype: torch.dtype, D: int, F: int) -> None:
             packed = PackedExperts.of([F, *widths], block)
             x, w_gate, w_up, w_down, weight = (
@@ -272,6 +286,8 @@ def compile_cases() -> list[CompileCase]:
                     ((64,), torch.float32),
                 )
             )
+            if rows_along_F:
+                w_gate, w_up = (w.detach().t().contiguous().requires_grad_().t() for w in (w_gate, w_up))
             token, offsets = torch.arange(64) // 2, torch.linspace(0, 60, len(widths) + 2).long()
             y = variable_width_ffn(
                 x, w_gate, w_up, w_down, token, weight, offsets, packed, weight_on=weight_on, backend="triton"
@@ -283,4 +299,5 @@ def compile_cases() -> list[CompileCase]:
     return [
         CompileCase("equal_widths", True, case(128, [], "output")),
         CompileCase("odd_widths", True, case(64, [0, 100], "input")),
+        CompileCase("rows_along_F", True, case(128, [256, 64], "output", rows_along_F=True)),
     ]

@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-BLOCK_SIZES = (16, 32, 64, 128)
+from moe_triton import block_sizes
+from moe_triton.block_sizes import BLOCK_SIZES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ class PackedExperts:
     @property
     def blocks(self) -> list[int]:
         """Block columns of each expert."""
-        return [-(-width // self.block) for width in self.widths]
+        return block_sizes.columns_of(self.widths, self.block)
 
     @property
     def uniform(self) -> bool:
@@ -182,17 +183,12 @@ class PackedExperts:
         return all(width % self.block == 0 for width in wide[:-1])
 
     def max_tiles(self, num_rows: int) -> int:
-        """The most row tiles that `num_rows` rows can need, wherever they go; rows that go nowhere are one more group."""
-        groups = min(len(self.widths) + 1, num_rows)
-        return groups + (num_rows - groups) // self.block if num_rows else 0
+        """The most row tiles that `num_rows` rows can need, wherever they go."""
+        return block_sizes.max_tiles(len(self.widths), num_rows, self.block)
 
     def max_blocks(self, num_rows: int) -> int:
-        """The most blocks that `num_rows` rows can need: the widest experts each with a short tile, the rest to the widest."""
-        widest = sorted(self.blocks, reverse=True)
-        bounds = [0]
-        for busy in range(1, min(len(widest), num_rows) + 1):
-            bounds.append(sum(widest[:busy]) + (num_rows - busy) // self.block * widest[0])
-        return max(bounds)
+        """The most blocks that `num_rows` rows can need, wherever they go."""
+        return block_sizes.max_blocks(self.widths, num_rows, self.block)
 
 
 def from_routing(offsets_E1: Tensor, num_rows: int, packed: PackedExperts) -> Topology:
