@@ -277,6 +277,20 @@ def ours(**changes) -> Model:
             "auto",
             "router 'sinkhorn'",
         ),
+        (
+            {
+                "moe": MoE(
+                    num_experts=2, top_k=1, expert_hidden=8, expert_widths=(8, 16), router=router_config("switch")
+                )
+            },
+            "auto",
+            r"widths of single experts \(moe.expert_widths\)",
+        ),
+        (
+            {"moe": MoE(num_experts=2, top_k=1, expert_hidden=8, latent_dim=16, router=router_config("switch"))},
+            "auto",
+            r"moe.latent_dim=16",
+        ),
         ({"rotary": Rotary(fraction=0.5)}, "auto", "rotary.fraction=0.5"),
         ({"moe": None}, "mixtral", "a dense model"),
         ({}, "llama", "expert layers"),

@@ -23,6 +23,8 @@ def router_name(router: RouterConfig) -> str:
 def expert_layers(model: Model) -> MoE:
     require(model.moe is not None, "a dense model")
     assert model.moe is not None
+    require(not model.moe.expert_widths, "widths of single experts (moe.expert_widths)")
+    require(not model.moe.latent_dim, f"experts in a latent space (moe.latent_dim={model.moe.latent_dim})")
     return model.moe
 
 
