@@ -174,6 +174,9 @@ def statistics(counts: list[int], kept: list[int] | None = None) -> dict[str, np
         "entropy_sum": np.array(2 * math.log(2)),
         "margin_sum": np.array(0.5),
         "token_sum": np.array(2.0),
+        "share_sum_E": np.full(len(counts), 2.0 / len(counts)),
+        "logit_square_sum": np.array(8.0),
+        "lse_square_sum": np.array(2.0),
         "logit_max": np.array(3.0),
     }
 
