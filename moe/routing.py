@@ -52,6 +52,8 @@ class Tokens:
     """Rows of the whole step with at least one valid token, float32 scalar."""
     step_counts_LE: Tensor | None = None
     """Rows per expert over the whole step, for every block (zeros for a dense one), if a first pass has counted them."""
+    measured: bool = True
+    """Whether to report the statistics that only a log reads; losses and router updates need none of them."""
     sum_over_ranks: SumOverRanks | None = None
     """Set when this micro-batch is all of this rank's share of the step: `global` scope sums its counts with it."""
 

@@ -6,6 +6,8 @@ Float64, with unequal padding and targets per row, so that any mean of means, an
 import itertools
 import json
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
@@ -19,6 +21,7 @@ from moe.parallel import Ranks
 from moe.routers.expert_choice import Config as ExpertChoice
 from moe.routers.loss_free import Config as LossFree
 from moe.routers.topk import Config as TopK
+from moe.train.health import measure
 from moe.train.step import State, train_step
 
 ROWS, S, STEPS = 8, 10, 3
@@ -27,8 +30,12 @@ ROWS, S, STEPS = 8, 10, 3
 class UnevenCorpus:
     """Random rows whose padding grows with the row and whose targets are mostly in the last rows.
 
-    A step of more than ROWS rows has the same ROWS, each followed by rows that are padding throughout.
+    A step of more than ROWS rows has the same ROWS, each followed by rows that are padding throughout. Rows come from two
+    sources in turn.
     """
+
+    data = SimpleNamespace(sources=("even", "odd"), sequence_length=S)
+    num_validation_rows = ROWS
 
     def train_batch(self, step: int, rows: range, *, batch_rows: int, seed: int) -> Batch:
         """Rows of a step, each a function of (step, row)."""
@@ -40,6 +47,14 @@ class UnevenCorpus:
         targets = torch.where(valid & (position < 1 + row_B.unsqueeze(1)), ids.roll(-1, 1), IGNORE)
         document = (position >= 4).long().expand_as(ids)
         return Batch(ids, targets, document, valid, row_B, (targets != IGNORE).sum(1).double())
+
+    def train_sources(self, step: int, rows: list[int], *, batch_rows: int) -> torch.Tensor:
+        """Rows take turns."""
+        return torch.tensor(rows) % 2
+
+    def validation_batch(self, rows: range) -> Batch:
+        """Rows of a step that nobody trains on."""
+        return self.train_batch(99, rows, batch_rows=ROWS, seed=0)
 
     def _row(self, step: int, row: int) -> torch.Tensor:
         return torch.randint(0, 40, (S,), generator=torch.Generator().manual_seed(1000 * step + row))
@@ -73,6 +88,20 @@ def steps(run: Run, ranks: Ranks, count: int = STEPS) -> SimpleNamespace:
         grads={name: p.grad.clone() for name, p in model.named_parameters()},
         buffers=dict(model.named_buffers()),
     )
+
+
+def health(run: Run, ranks: Ranks, folder: Path, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Every number that an evaluation measures of the routing, with the given weights, twice: the second knows its churn."""
+    model = Transformer(run.model, seed=1, dtype=torch.float64, recompute=run.train.activation_checkpointing).double()
+    model.load_state_dict(weights)
+    state = State(run, ranks, UnevenCorpus(), model, model, build_optimizer(model, run.train.optimizer))
+    lines = [*measure(state, 1, folder), *measure(state, 2, folder)]
+    return torch.cat([numbers(line[name]) for line in lines for name in sorted(line)])
+
+
+def numbers(value) -> torch.Tensor:
+    """A field's numbers, float64; -1 for null."""
+    return torch.tensor(-1.0 if value is None else value, dtype=torch.float64).flatten()
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -110,6 +139,14 @@ def main() -> None:
                 ),
                 "state": max(difference(ours.buffers[k].double(), v.double()) for k, v in expected.buffers.items()),
             }
+    trained = run_of(ROUTERS["global"], share // 2 or 1, True)
+    weights = Transformer(trained.model, seed=1, dtype=torch.float64).double().state_dict()
+    with TemporaryDirectory() as folder:
+        expected = health(run_of(ROUTERS["global"], ROWS, False), alone, Path(folder) / "alone", weights)
+        ours = health(trained, ranks, Path(ranks.broadcast(folder)) / "ours", weights)
+        error = difference(ours, expected)
+        ranks.wait_for_all()
+    rows["health"] = {"losses": error, "grads": error, "loads": True, "state": error}
     if ranks.first:
         json.dump(rows, sys.stdout)
     parallel.stop()

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from drills.cases import Case
 from drills.sizes import base
 from rank_cases import ROUTERS, ROWS, UnevenCorpus, run_of
 
+from moe.balance import score_statistics
 from moe.config.load import load
 from moe.metrics import (
     coactivation,
@@ -146,21 +146,6 @@ def test_overlap_of_k_choices_is_the_share_kept():
 # ----------------------------------------------------------------------------------------------- measured on a model
 
 
-class ProbedCorpus(UnevenCorpus):
-    """Uneven training rows of two sources, and validation rows for the probe set."""
-
-    data = SimpleNamespace(sources=("even", "odd"), sequence_length=rank_cases.S)
-    num_validation_rows = ROWS
-
-    def train_sources(self, step: int, rows: list[int], *, batch_rows: int) -> torch.Tensor:
-        """Rows take turns."""
-        return torch.tensor(rows) % 2
-
-    def validation_batch(self, rows):
-        """Rows of a step that is not trained on."""
-        return self.train_batch(99, rows, batch_rows=ROWS, seed=0)
-
-
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -168,7 +153,7 @@ def state_of(router, micro_rows: int = ROWS, recompute: bool = False, ranks: Ran
     """A float64 model of two expert layers, two steps trained."""
     run = run_of(router, micro_rows, recompute)
     model = Transformer(run.model, seed=1, dtype=torch.float64, recompute=recompute).double()
-    state = State(run, ranks, ProbedCorpus(), model, model, build_optimizer(model, run.train.optimizer))  # type: ignore[arg-type]
+    state = State(run, ranks, UnevenCorpus(), model, model, build_optimizer(model, run.train.optimizer))  # type: ignore[arg-type]
     for step in range(2):
         train_step(state, step)
     return state
@@ -237,6 +222,30 @@ def test_health_does_not_depend_on_accumulation_or_recomputation(name, tmp_path)
     other.model.load_state_dict(state.model.state_dict())
     whole, pieces = measure(state, 2, tmp_path / "whole"), measure(other, 2, tmp_path / "pieces")
     assert np.allclose(flat(pieces), flat(whole), rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def test_what_only_a_log_reads_is_measured_in_logged_steps_alone():
+    quiet, logged = state_of(ROUTERS["loss_free"]), state_of(ROUTERS["loss_free"])
+    without, with_all = train_step(quiet, 2), train_step(logged, 2, maxima=True)
+    assert set(without.statistics[0][1]) == {"counts_E", "kept_E", "token_sum"}
+    assert {"share_sum_E", "entropy_sum", "logit_max", "lse_square_sum"} <= set(with_all.statistics[0][1])
+    assert (without.loss, without.losses, without.grad_norm) == (with_all.loss, with_all.losses, with_all.grad_norm)
+    assert torch.equal(quiet.model.state_dict()["embedding.weight"], logged.model.state_dict()["embedding.weight"])
+
+
+def test_statistics_of_scores_are_those_of_their_definitions():
+    logits = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits[3, 1] = logits[3, 4] = 9.0
+    share, valid = logits.softmax(1), torch.arange(40) % 4 > 0
+    tokens = replace(Tokens.of(torch.zeros(1, 40, dtype=torch.int64)), valid_T=valid)
+    found = score_statistics(share, logits, tokens)
+    top = share[valid].sort(1, descending=True).values
+    assert found["entropy_sum"] == pytest.approx(torch.special.entr(share[valid]).sum().item())
+    assert found["margin_sum"] == pytest.approx((top[:, 0] - top[:, 1]).sum().item())
+    assert torch.allclose(found["share_sum_E"], share[valid].sum(0))
+    assert found["logit_square_sum"] == pytest.approx(logits[valid].square().mean(1).sum().item())
+    assert found["lse_square_sum"] == pytest.approx(logits[valid].logsumexp(1).square().sum().item())
+    assert found["logit_max"] == logits[valid].abs().max()
 
 
 def test_measuring_changes_nothing(tmp_path):

@@ -80,7 +80,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 def assert_same_run(out: Path, reference: Path) -> None:
     """All logs and the final checkpoint agree to the last bit."""
-    for name in ("metrics", "routing", "evals"):
+    for name in ("metrics", "routing", "evals", "health"):
         assert last_attempts(out, name) == last_attempts(reference, name), name
     ours, theirs = flat(parameters(out)), flat(parameters(reference))
     assert ours.keys() == theirs.keys()

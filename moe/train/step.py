@@ -85,7 +85,9 @@ def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, max
     run, ranks, model = state.run, state.ranks, state.model
     train = run.train
     model.train()
-    batches, inputs, targets, valid_tokens = step_inputs(state, step)
+    # a compiled model reports always: leaving it out in some steps would compile it twice
+    measured = maxima or train.compile
+    batches, inputs, targets, valid_tokens = step_inputs(state, step, measured=measured)
     lr = learning_rate(train.schedule, train.optimizer.lr, step, train.steps)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
@@ -107,7 +109,7 @@ def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, max
     return StepResult(loss, losses, lr, grad_norm, int(valid_tokens), skipped, stops, statistics)
 
 
-def step_inputs(state: State, step: int) -> tuple[list[Batch], list[Tokens], Tensor, Tensor]:
+def step_inputs(state: State, step: int, *, measured: bool = True) -> tuple[list[Batch], list[Tokens], Tensor, Tensor]:
     """This rank's micro-batches of step `step` (from 0), their tokens, and the whole step's targets and valid tokens."""
     run, ranks = state.run, state.ranks
     batches = [
@@ -116,6 +118,7 @@ def step_inputs(state: State, step: int) -> tuple[list[Batch], list[Tokens], Ten
     ]
     targets, valid_tokens, valid_rows = _step_counts(batches, ranks)
     inputs = [_inputs(batch, step, valid_tokens, valid_rows, ranks.device) for batch in batches]
+    inputs = [replace(tokens, measured=measured) for tokens in inputs]
     return batches, _with_global_counts(state, batches, inputs), targets, valid_tokens
 
 
