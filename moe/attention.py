@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, Rotary
+from moe.errors import UserError
 from moe.moe_layer import Linear
 
 
@@ -76,11 +77,37 @@ def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((turned, passed), dim=-1) if passed.shape[-1] else turned
 
 
-def attention_mask(position_S: Tensor, document_BS: Tensor | None, window: int) -> Tensor | None:
-    """True where a query may see a key: [1 or B, 1, S, S] bool; None for plain causal attention."""
-    if document_BS is None and window == 0:
+class KeyValue:
+    """Keys and values of one layer for the tokens so far, in a buffer of fixed length: generation extends it."""
+
+    def __init__(self, max_length: int):
+        self.max_length, self.length = max_length, 0
+        self._key: Tensor | None = None
+        self._value: Tensor | None = None
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append key [B, N, S, H] and value [B, N, S, V], and return those of all tokens so far."""
+        if self._key is None or self._value is None:
+            B, N = key.shape[:2]
+            self._key = key.new_empty(B, N, self.max_length, key.shape[3])
+            self._value = value.new_empty(B, N, self.max_length, value.shape[3])
+        end = self.length + key.shape[2]
+        if end > self.max_length:
+            raise UserError(f"{end} tokens do not fit a cache of {self.max_length}: make it longer.")
+        self._key[:, :, self.length : end], self._value[:, :, self.length : end] = key, value
+        self.length = end
+        return self._key[:, :, :end], self._value[:, :, :end]
+
+
+def attention_mask(position_S: Tensor, document_BS: Tensor | None, window: int, past: int = 0) -> Tensor | None:
+    """True where a query may see a key: [1 or B, 1, S, past + S] bool; None for plain causal attention.
+
+    With `past` tokens before, a single query sees all keys, which is None as well.
+    """
+    if document_BS is None and window == 0 and (past == 0 or len(position_S) == 1):
         return None
-    query, key = position_S.unsqueeze(1), position_S.unsqueeze(0)
+    query = position_S.unsqueeze(1)
+    key = torch.arange(past + len(position_S), device=position_S.device).unsqueeze(0)
     mask = (query >= key) if window == 0 else (query >= key) & (query - window < key)
     mask = mask.view(1, 1, *mask.shape)
     if document_BS is not None:
@@ -109,7 +136,9 @@ class GroupedQuery(nn.Module):
         whole = yarn_temperature(yarn.factor, yarn.mscale_all_dim) if yarn is not None else 1.0
         self.scale = whole * whole / math.sqrt(H)
 
-    def forward(self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None, past: KeyValue | None = None
+    ) -> Tensor:
         H = self.config.head_dim
         query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)
         if self.query_norm is not None and self.key_norm is not None and self.config.qk_norm == "full":
@@ -118,6 +147,8 @@ class GroupedQuery(nn.Module):
         if self.query_norm is not None and self.key_norm is not None and self.config.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, cos_sin), rotate(key, cos_sin)
+        if past is not None:
+            key, value = past.extend(key, value)
         if self.sink_N is not None:
             out = self._with_sinks(query, key, value, mask)
         else:
@@ -128,7 +159,13 @@ class GroupedQuery(nn.Module):
                 key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
                 groups = 1
             out = scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=groups > 1
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None and query.shape[2] == key.shape[2],
+                scale=self.scale,
+                enable_gqa=groups > 1,
             )
         return self.out(out.transpose(1, 2).flatten(2))
 
@@ -148,7 +185,8 @@ class GroupedQuery(nn.Module):
         value = pad(value, (0, 8, 1, 0))
         query = pad(pad(query, (0, 1), value=1.0), (0, 7))
         if mask is None:
-            mask = torch.ones(1, 1, S, S, dtype=torch.bool, device=query.device).tril()
+            mask = torch.ones(1, 1, S, key.shape[2] - 1, dtype=torch.bool, device=query.device)
+            mask = mask.tril(mask.shape[3] - S)
         mask = pad(mask, (1, 0), value=True)
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)[..., :H]
 
@@ -172,7 +210,9 @@ class Latent(nn.Module):
         whole = yarn_temperature(yarn.factor, yarn.mscale_all_dim) if yarn is not None else 1.0
         self.scale = whole * whole / math.sqrt(config.nope_dim + config.rope_dim)
 
-    def forward(self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None, past: KeyValue | None = None
+    ) -> Tensor:
         config, N = self.config, self.config.num_heads
         if self.query_down is not None and self.query_norm is not None:
             query = self.query(self.query_norm(self.query_down(x_BSD)))
@@ -186,5 +226,8 @@ class Latent(nn.Module):
         key_rope = rotate(key_rope.unsqueeze(1), cos_sin).expand(-1, N, -1, -1)
         query = torch.cat((query_nope, rotate(query_rope, cos_sin)), dim=-1)
         key = torch.cat((key_nope, key_rope), dim=-1)
-        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale)
+        if past is not None:
+            key, value = past.extend(key, value)
+        causal = mask is None and query.shape[2] == key.shape[2]
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale)
         return self.out(out.transpose(1, 2).flatten(2))

@@ -143,6 +143,43 @@ def export(
 
 
 @app.command()
+def generate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="folder of a run, or of a model in transformers' format")
+    ],
+    prompt: Annotated[list[str], typer.Option(help="text to continue; may be given several times")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens to add")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="draw from the smallest set of this probability")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the draws")] = 0,
+    show_routing: Annotated[
+        bool, typer.Option(help="one line per piece of text, with its experts in every layer")
+    ] = False,
+) -> None:
+    """Continue a text, as it is written."""
+    module = import_module("moe.generate")
+    sampling = module.Sampling(temperature=temperature, top_p=top_p)
+    opened = module.open_model(folder)
+    several = len(prompt) > 1
+    if not several and not show_routing:
+        typer.echo(prompt[0], nl=False)
+
+    def on_text(index: int, text: str, experts: dict[int, list[int]]) -> None:
+        if show_routing:
+            routes = "  ".join(f"{layer}: {chosen}" for layer, chosen in experts.items())
+            typer.echo(f"prompt {index + 1}  {text!r:12}  experts of the token before, by layer: {routes}")
+        elif not several:
+            typer.echo(text, nl=False)
+
+    texts = module.generate(opened, prompt, max_tokens, sampling=sampling, seed=seed, on_text=on_text)
+    if several and not show_routing:
+        for start, text in zip(prompt, texts, strict=True):
+            typer.echo(f"{start}{text}\n")
+    else:
+        typer.echo()
+
+
+@app.command()
 def profile(
     target: Annotated[str, typer.Argument(metavar="RECIPE|T,D,F,E,K", help="a recipe, or an expert layer's shape")],
     overrides: OverridesArgument = None,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from moe.attention import GroupedQuery, Latent, RMSNorm, RotaryEmbedding, attention_mask
+from moe.attention import GroupedQuery, KeyValue, Latent, RMSNorm, RotaryEmbedding, attention_mask
 from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer
 from moe.init import initialise, off_meta
 from moe.moe_layer import Linear, MoELayer, SwiGLU
@@ -78,8 +78,9 @@ class Block(nn.Module):
         mask: Tensor | None,
         tokens: Tokens,
         replay: Selection | None,
+        past: KeyValue | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_sin, mask)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_sin, mask, past)
         h_BSD = self.ffn_norm(x_BSD)
         if self.moe is not None:
             y_BSD, routing = self.moe(h_BSD, tokens, replay)
@@ -118,24 +119,27 @@ class Transformer(nn.Module):
         tokens: Tokens | None = None,
         step_targets: Tensor | None = None,
         replay: tuple[Selection, ...] | None = None,
+        cache: tuple[KeyValue, ...] | None = None,
     ) -> Output:
         """Run the model on ids_BS [B, S] int64.
 
         targets_BS [B, S] (IGNORE for none) asks for the loss: the sum over targets divided by `step_targets`, the number of
-        targets of the whole optimizer step (default: of this batch). `replay` has one selection per expert layer.
+        targets of the whole optimizer step (default: of this batch). `replay` has one selection per expert layer. `cache`, one
+        entry per layer, holds the tokens before ids_BS and is extended by it.
         """
-        tokens = tokens if tokens is not None else Tokens.of(ids_BS)
-        S = ids_BS.shape[1]
-        position_S = torch.arange(S, device=ids_BS.device)
+        past = cache[0].length if cache is not None else 0
+        position_S = torch.arange(past, past + ids_BS.shape[1], device=ids_BS.device)
+        tokens = tokens if tokens is not None else Tokens.of(ids_BS, first_position=past)
         cos_sin = self.rotary(position_S)
-        document_BS = tokens.document_T.view_as(ids_BS) if self.config.document_mask else None
-        masks = {window: attention_mask(position_S, document_BS, window) for window in set(self.windows)}
+        document_BS = tokens.document_T.view_as(ids_BS) if self.config.document_mask and cache is None else None
+        masks = {window: attention_mask(position_S, document_BS, window, past) for window in set(self.windows)}
         x_BSD = self.embedding(ids_BS).to(self.dtype)
         routings: list[tuple[int, Routing]] = []
         for layer, block in enumerate(self.layers):
             forced = replay[len(routings)] if replay is not None and block.moe is not None else None
             run = partial(_recomputed, block) if self.recompute and torch.is_grad_enabled() else block
-            x_BSD, routing = run(x_BSD, cos_sin, masks[self.windows[layer % len(self.windows)]], tokens, forced)
+            mask = masks[self.windows[layer % len(self.windows)]]
+            x_BSD, routing = run(x_BSD, cos_sin, mask, tokens, forced, cache[layer] if cache is not None else None)
             if routing is not None:
                 routings.append((layer, routing))
         logits_BSV = self._logits(self.norm(x_BSD))

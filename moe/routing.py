@@ -65,16 +65,24 @@ class Tokens:
 
     @staticmethod
     def of(
-        ids_BS: Tensor, *, valid_BS: Tensor | None = None, document_BS: Tensor | None = None, step: int = 0
+        ids_BS: Tensor,
+        *,
+        valid_BS: Tensor | None = None,
+        document_BS: Tensor | None = None,
+        step: int = 0,
+        first_position: int = 0,
     ) -> "Tokens":
-        """Tokens of a batch that stands alone: ids_BS [B, S] int64; valid_BS bool and document_BS int64 of the same shape."""
+        """Tokens of a batch that stands alone: ids_BS [B, S] int64; valid_BS bool and document_BS int64 of the same shape.
+
+        `first_position` is that of the first column, where earlier tokens are in a cache.
+        """
         B, S = ids_BS.shape
         device = ids_BS.device
         valid_T = torch.ones_like(ids_BS, dtype=torch.bool).flatten() if valid_BS is None else valid_BS.flatten()
         return Tokens(
             ids_T=ids_BS.flatten(),
             row_T=torch.arange(B, device=device).repeat_interleave(S),
-            position_T=torch.arange(S, device=device).repeat(B),
+            position_T=torch.arange(first_position, first_position + S, device=device).repeat(B),
             document_T=torch.zeros_like(ids_BS).flatten() if document_BS is None else document_BS.flatten(),
             valid_T=valid_T,
             num_rows=B,

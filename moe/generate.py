@@ -1,0 +1,193 @@
+"""Continue a text: sampling token by token with cached keys and values, and each token's experts when asked.
+
+A model comes from a run's folder or from one in transformers' format; its tokenizer comes with it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe import checkpoint
+from moe.attention import KeyValue
+from moe.config.load import load as load_run
+from moe.data import prepare
+from moe.errors import CheckpointError, ConfigError, UserError
+from moe.model import LayerRouting, Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the largest."""
+    top_p: float = 1.0
+    """Keep the smallest set of most probable tokens with at least this probability together (arXiv 1904.09751)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature ({self.temperature}) must be 0 (the most probable token) or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p ({self.top_p}) must be above 0 and at most 1 (no limit)")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One more token of every row."""
+
+    token_B: Tensor
+    """Ids, int64, on the CPU; after a row's end, the end again."""
+    experts_BLK: list[dict[int, list[int]]]
+    """For every row, by block index, the experts that its last token went to: the token that token_B was drawn from."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its tokenizer."""
+
+    model: Transformer
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    end: int | None
+    """Id that ends a text."""
+
+
+def open_model(folder: Path) -> Opened:
+    """Open a run's newest checkpoint, or a model in transformers' format, on the CPU in float32."""
+    if (folder / "run.json").is_file():
+        return _open_run(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds neither run.json nor config.json: name a run's folder, or a model's")
+    from transformers import AutoTokenizer
+
+    from moe import hf
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Opened(
+        hf.load(folder),
+        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+        tokenizer.eos_token_id,
+    )
+
+
+def _open_run(folder: Path) -> Opened:
+    run, saved = load_run(folder / "run.json"), checkpoint.newest(folder)
+    if saved is None:
+        raise CheckpointError(f"{folder} has no checkpoint: train it until it saves one")
+    model = Transformer(run.model, seed=run.seed)
+    model.load_state_dict(checkpoint.read_tensors(saved, model.state_dict()))
+    tokenizer = prepare(run.data).tokenizer
+    return Opened(
+        model.eval(), lambda text: tokenizer.encode([text])[0].tolist(), tokenizer.decode, tokenizer.separator
+    )
+
+
+def next_token(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw one id per row [B] from logits [B, V]."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(1)
+    probability_BV, order_BV = (logits_BV / sampling.temperature).softmax(1).sort(dim=1, descending=True)
+    before_BV = probability_BV.cumsum(1) - probability_BV
+    kept_BV = probability_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
+    return order_BV.gather(1, torch.multinomial(kept_BV, 1, generator=generator)).squeeze(1)
+
+
+@torch.no_grad()
+def stream(
+    model: Transformer,
+    ids_BS: Tensor,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    end: int | None = None,
+) -> Iterator[Step]:
+    """Continue rows of equal length [B, S], one `Step` at a time, until every row has ended.
+
+    Raises UserError for a router that cannot work token by token: one that looks at later tokens of the row, or at ids before
+    the last.
+    """
+    _check(model, ids_BS)
+    sampling = sampling or Sampling()
+    generator = torch.Generator().manual_seed(seed)
+    cache = tuple(KeyValue(ids_BS.shape[1] + max_new_tokens) for _ in model.layers)
+    ended_B = torch.zeros(ids_BS.shape[0], dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        output = model(ids_BS, cache=cache)
+        token_B = next_token(output.logits_BSV[:, -1].cpu().float(), sampling, generator)
+        if end is not None:
+            token_B = token_B.masked_fill(ended_B, end)
+            ended_B |= token_B == end
+        yield Step(token_B, _experts(output.routing, *ids_BS.shape))
+        if ended_B.all():
+            return
+        ids_BS = token_B.unsqueeze(1).to(ids_BS.device)
+
+
+def _check(model: Transformer, ids_BS: Tensor) -> None:
+    if not ids_BS.numel():
+        raise UserError("there is no text to continue: give a prompt of at least one token")
+    largest = int(ids_BS.max())
+    if largest >= model.config.vocab_size:
+        raise UserError(f"id {largest} is not below the model's vocabulary of {model.config.vocab_size}")
+    for layer, experts in model.moe_layers():
+        router = experts.router
+        if not router.causal:
+            raise UserError(
+                f"the router of layer {layer} chooses by looking at the whole row, later tokens included: it cannot "
+                "choose for a text that is still being written"
+            )
+        if getattr(router.config, "ngram", 1) > 1:
+            raise UserError(f"the router of layer {layer} hashes {router.config.ngram} ids, which no cache holds")
+
+
+def _experts(reports: Sequence[LayerRouting], B: int, S: int) -> list[dict[int, list[int]]]:
+    """By row and block, the experts of the row's last token."""
+    chosen: list[dict[int, list[int]]] = [{} for _ in range(B)]
+    for report in reports:
+        token_R, expert_R = report.selection.token_R.cpu(), report.selection.expert_R.cpu()
+        for row in range(B):
+            chosen[row][report.layer] = expert_R[token_R == row * S + S - 1].tolist()
+    return chosen
+
+
+def generate(
+    opened: Opened,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    on_text: Callable[[int, str, dict[int, list[int]]], None] | None = None,
+) -> list[str]:
+    """Continue every prompt; prompts of equal length go through the model together.
+
+    `on_text(prompt index, new text, experts)` is called as text appears; bytes that do not yet make a character wait.
+    """
+    encoded = [opened.encode(prompt) for prompt in prompts]
+    if any(not ids for ids in encoded) and opened.end is None:
+        raise UserError("an empty prompt needs a tokenizer with an end-of-text token to start from: give some text")
+    encoded = [ids or [opened.end or 0] for ids in encoded]
+    texts = [""] * len(prompts)
+    for length in sorted({len(ids) for ids in encoded}):
+        rows = [index for index, ids in enumerate(encoded) if len(ids) == length]
+        written: list[list[int]] = [[] for _ in rows]
+        ids_BS = torch.tensor([encoded[index] for index in rows])
+        for step in stream(opened.model, ids_BS, max_new_tokens, sampling=sampling, seed=seed, end=opened.end):
+            for place, index in enumerate(rows):
+                token = int(step.token_B[place])
+                if token == opened.end:
+                    continue
+                written[place].append(token)
+                text = opened.decode(written[place])
+                if not text.endswith("\ufffd") and len(text) > len(texts[index]):
+                    if on_text is not None:
+                        on_text(index, text[len(texts[index]) :], step.experts_BLK[place])
+                    texts[index] = text
+        for place, index in enumerate(rows):
+            texts[index] = opened.decode(written[place])
+    return texts
