@@ -63,8 +63,8 @@ BUGS = {
     "ds sums the first column tile only": ("hidden_backward.py", "range(1, PARTS)", "range(1, 1)"),
     "ds counts the bias once per column tile": (
         "hidden_backward.py",
-        "if BIASED and column == 0:",
-        "if BIASED:",
+        "BIASED and column == 0",
+        "BIASED",
     ),
     "rows that go nowhere are summed": (
         "combine.py",
