@@ -1,6 +1,7 @@
 """The fused score and top-k against the float64 reference (topk_cases.py): experts exactly, weights, scores and gradients.
 
-Beside them torch.topk where no two scores are equal, hand-worked rows, finite differences, and what values cannot show.
+The full tier runs a set of cases in which every pair of values occurs, the default tier a third of it. Beside
+them torch.topk where no two scores are equal, hand-worked rows, finite differences, and what values cannot show.
 """
 
 from dataclasses import replace
@@ -37,7 +38,13 @@ def choice_of(combination: dict) -> Choice:
     return Choice(**{**combination, "K": K, "normalize": combination["normalize"] and K > 1})
 
 
-@pytest.mark.parametrize("case", [choice_of(combination) for combination in covering(VALUES)], ids=str)
+CHOICES = [choice_of(combination) for combination in covering(VALUES)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=str(case), marks=[pytest.mark.full] if i % 3 else []) for i, case in enumerate(CHOICES)],
+)
 def test_experts_weights_scores_and_gradients(case):
     check(case)
 
@@ -122,9 +129,15 @@ def test_experts_of_minus_infinity_are_chosen_last_and_get_no_gradient():
     assert logits_TE.grad[0, 0] == logits_TE.grad[0, 2] == 0 < logits_TE.grad[0, 3]
 
 
-@pytest.mark.parametrize("score", topk.SCORES)
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "score, normalize, biased",
+    [
+        pytest.param(score, normalize, biased, marks=[] if normalize and biased else [pytest.mark.full])
+        for score in topk.SCORES
+        for normalize in (False, True)
+        for biased in (False, True)
+    ],
+)
 def test_gradcheck(score, normalize, biased):
     # distinct by more than a finite difference, so that nobody's choice changes
     logits_TE = (torch.stack([torch.randperm(5) for _ in range(3)]) / 3.0).double().requires_grad_()
@@ -184,7 +197,7 @@ def test_one_launch_each_way_and_only_logits_and_experts_are_kept(launches):
     assert score_topk(logits_TE, 4).score_TE is None
 
 
-@pytest.mark.parametrize("keep_scores", [False, True])
+@pytest.mark.parametrize("keep_scores", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_operator_contract(keep_scores):
     logits_TE = torch.randn(6, 5, requires_grad=True)
     arguments = (logits_TE, torch.zeros(5), 2, "sigmoid", True, 2.5, keep_scores)
