@@ -21,6 +21,7 @@ from moe_triton.ffn import expert_ffn
 from moe_triton.roofline import Shape
 from moe_triton.runtime import target
 from moe_triton.targets import TARGETS
+from moe_triton.topk import score_topk
 
 ffn_cases: Any = importlib.import_module("ffn_cases")
 """The interpreter's suite: its cases and its criterion, in tests/kernels_interpreted, which scripts/gpu_check puts on the path."""
@@ -47,6 +48,7 @@ def parity(check: Check) -> Iterator[Item]:
     yield "rows past 2^31 elements", lambda: _large_offsets(check)
     yield "block-sparse products", lambda: _block_sparse(check)
     yield "experts of different widths", lambda: _different_widths(check)
+    yield "score and top-k", lambda: _topk(check)
     yield "torch.compile(fullgraph=True)", lambda: _compiled(check)
 
 
@@ -212,6 +214,22 @@ def _different_widths(check: Check) -> Json:
     return {"relative_error": max(errors)}
 
 
+def _topk(check: Check) -> Json:
+    """The interpreter's criterion with eight rounding units more: the hardware's exponential is less exact than numpy's."""
+    cases = importlib.import_module("topk_cases")
+    biased = {"score": "sigmoid", "normalize": True, "biased": True, "scaling_factor": 2.5}
+    choices = [
+        cases.Choice(T=4096, E=128, K=8, normalize=True),
+        cases.Choice(T=256, E=256, K=8, dtype=torch.bfloat16, **biased),
+        cases.Choice(T=1000, E=60, K=60, logits="tied"),
+        cases.Choice(T=64, E=4096, K=32, score="sqrt_softplus"),
+    ]
+    for choice in choices[:1] if check.rehearse else choices:
+        with torch.device(check.device):
+            cases.check(choice, units=8)
+    return {}
+
+
 def _compiled(check: Check) -> Json:
     shape = check.shape(Shape(2048, 512, 256, 8, 2))
     inputs = measure.arguments(shape, roofline.uniform_counts(shape), check.device)
@@ -250,6 +268,8 @@ def awkward_step(check: Check) -> None:
     shape = check.shape(Shape(100, 136, 72, 5, 2))
     inputs = measure.arguments(shape, roofline.zipf_counts(shape), check.device)
     measure.step(inputs, torch.ones_like(inputs["x_TD"]))
+    logits_TE = torch.zeros(100, 7, device=check.device, requires_grad=True)
+    score_topk(logits_TE, 2, normalize=True).weight_TK.sum().backward()
     check.synchronize()
 
 

@@ -66,8 +66,8 @@ def kernels(logits_TE: Tensor, k: int, **options) -> topk.TopK:
     return topk.score_topk(logits_TE, k, keep_scores=True, **options)
 
 
-def check(case: Choice) -> None:
-    """The experts are the reference's, in its order; every other error is at most twice plain torch's and a rounding unit."""
+def check(case: Choice, units: float = 1) -> None:
+    """The experts are the reference's, in its order; every other error is at most twice plain torch's and some rounding units."""
     logits_TE, bias_E = inputs_of(case)
     gradients = torch.randn(case.T, case.K), torch.randn(case.T, case.E)
     ours = results(kernels, case, logits_TE, bias_E, gradients)
@@ -85,7 +85,7 @@ def check(case: Choice) -> None:
             assert not ours[name].any(), f"{name} must be exactly zero"
             continue
         # a mean over few elements scatters: one number can be right by luck in plain torch
-        tolerance = 2 * rms(allowed) + unit * (1 + 3 / value.numel() ** 0.5) * scale
+        tolerance = 2 * rms(allowed) + unit * (units + 3 / value.numel() ** 0.5) * scale
         assert rms(error) <= tolerance, f"{name}: error {rms(error):.3g}, tolerance {tolerance:.3g}, value {scale:.3g}"
-        says = (100 if value.numel() >= 100 else 30) * tolerance <= scale
+        says = (100 if value.numel() >= 100 and units == 1 else 10) * tolerance <= scale
         assert says, f"{name}: a tolerance of {tolerance:.3g} for a result of {scale:.3g} says little"
