@@ -13,6 +13,7 @@ import torch
 from drills.cases import Case
 from drills.sizes import base
 from rank_cases import ROUTERS, ROWS, UnevenCorpus, run_of
+from tiny_runs import tiny_dict
 
 from moe.balance import score_statistics
 from moe.config.load import load
@@ -279,6 +280,18 @@ def test_churn_and_saturation_compare_with_the_choices_kept_on_disk(tmp_path):
     last = measure(state, 3, tmp_path)
     assert last[0]["churn"] == 0.0 and last[1]["churn"] > 0.5, "k best of 4 become the k worst"
     assert last[1]["saturation"] == [[1, 1 - last[1]["churn"]], [2, 1 - last[1]["churn"]]]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_run_logs_the_same_figures(tmp_path):
+    given = ("train.steps=3", "logging.routing_every=1", "evaluation.every_steps=3")
+    out = [train(load(tiny_dict(tmp_path), [*given, f"train.compile={on}"]), tmp_path / on) for on in ("false", "true")]
+    for log in ("routing", "health"):
+        eager, compiled = ([json.loads(line) for line in (o / f"{log}.jsonl").read_text().splitlines()] for o in out)
+        assert len(eager) == len(compiled) > 0
+        assert np.allclose(flat(compiled), flat(eager), rtol=2e-3, atol=2e-4, equal_nan=True), log
 
 
 # ------------------------------------------------------------------------------------------- one sick layer of fourteen
