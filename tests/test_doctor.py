@@ -245,6 +245,8 @@ def test_the_command_says_it_in_words_and_json_and_in_its_exit_code(tmp_path, ca
     assert (
         "1. dead: 1 expert(s) get less than 1 % of a balanced load (layer 2: 7), since step" in capsys.readouterr().out
     )
+    assert main(["doctor", str(out)]) == 1
+    assert "Not probed yet" in capsys.readouterr().out
     assert main(["doctor", str(out), "--json"]) == 1
     parsed = json.loads(capsys.readouterr().out)
     assert parsed["findings"][0]["cause"] == "dead" and parsed["findings"][0]["layers"] == [2]
