@@ -91,7 +91,10 @@ def report(history: History, findings: list[Finding]) -> str:
             f"   try: {finding.change}.",
         ]
     if not history.probes:
-        lines += ["", "Not probed yet: 'moe probe' on the same folder tells whether the choice of experts matters at all."]
+        lines += [
+            "",
+            "Not probed yet: 'moe probe' on the same folder tells whether the choice of experts matters at all.",
+        ]
     return "\n".join(lines)
 
 
