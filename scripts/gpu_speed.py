@@ -185,8 +185,10 @@ def tune(check: Check) -> Iterator[Item]:
     def one(shape: Shape, op: str) -> Callable[[], Json]:
         def run() -> Json:
             used = check.shape(shape)
-            timer = _compiled if check.rehearse else autotune.seconds_of
-            return autotune.autotune(used, file, ops=[op], device=check.device, timer=timer)
+            where = {"ops": [op], "device": check.device}
+            if check.rehearse:  # with two settings, since each costs the compiler a second
+                return autotune.autotune(used, file, timer=_compiled, most=2, **where)
+            return autotune.autotune(used, file, **where)
 
         return run
 

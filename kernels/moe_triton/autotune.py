@@ -60,9 +60,7 @@ def tune(
     known = dict(read(file))
     if key in known:
         return known[key]
-    if options is None:
-        rows = tuning.candidates(op, tuning.tile_height(rows_per_expert, target), D, F, dtype, target)
-        options = [*rows, *_other_stages(rows)]
+    options = options_of(op, rows_per_expert, D, F, dtype, target) if options is None else options
     distinct = list({json.dumps(option, sort_keys=True): option for option in options}.values())[:MAX_CANDIDATES]
     seconds = []
     for option in distinct:
@@ -75,10 +73,11 @@ def tune(
     return known[key]
 
 
-def _other_stages(rows: Sequence[dict[str, int]]) -> list[dict[str, int]]:
-    """Each row with one stage more and one less: deeper pipelines hide more, shallower ones leave room for a second block."""
+def options_of(op: str, rows_per_expert: float, D: int, F: int, dtype: Any, target: str) -> list[dict[str, int]]:
+    """The table's rows that fit, then each with one stage more (which hides more) and one less (room for a second block)."""
+    rows = tuning.candidates(op, tuning.tile_height(rows_per_expert, target), D, F, dtype, target)
     near = [{**row, "num_stages": row["num_stages"] + step} for row in rows for step in (1, -1)]
-    return [row for row in near if row["num_stages"] >= 2]
+    return [*rows, *(row for row in near if row["num_stages"] >= 2)]
 
 
 def runs(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Run]:
@@ -120,17 +119,16 @@ def autotune(
     ops: Sequence[str] = tuning.OPS,
     device: str = "cuda",
     timer: Timer = seconds_of,
-    options: Callable[[str], Sequence[dict[str, int]]] | None = None,
+    most: int = MAX_CANDIDATES,
 ) -> dict[str, dict[str, int]]:
-    """Tune some of the six products for a layer's shape in bfloat16: operator -> what was chosen.
+    """Tune some of the six products for a layer's shape in bfloat16: operator -> what was chosen of at most `most`.
 
-    timer: replaced where there is no GPU. options(op): what to try, by default as in `tune`.
+    timer: replaced where there is no GPU.
     """
     launches = runs(shape, device)
-    where = {"rows_per_expert": shape.R / shape.E, "D": shape.D, "F": shape.F, "dtype": torch.bfloat16}
-    return {
-        op: tune(op, launches[op], timer, file, target=target(), options=options and options(op), **where) for op in ops
-    }
+    where: dict[str, Any] = {"rows_per_expert": shape.R / shape.E, "D": shape.D, "F": shape.F, "dtype": torch.bfloat16}
+    where["target"] = target()
+    return {op: tune(op, launches[op], timer, file, options=options_of(op, **where)[:most], **where) for op in ops}
 
 
 def _compiled_only(run: Run) -> float:
