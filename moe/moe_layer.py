@@ -61,7 +61,12 @@ class MoELayer(nn.Module):
         latent = config.latent_dim
         self.into_latent = Linear(dim, latent, bias=False) if latent else None
         self.experts = Experts(
-            config.num_experts, latent or dim, config.expert_hidden, config.backend, widths=config.expert_widths
+            config.num_experts,
+            latent or dim,
+            config.expert_hidden,
+            config.backend,
+            widths=config.expert_widths,
+            precision=config.precision,
         )
         self.out_of_latent = Linear(latent, dim, bias=False) if latent else None
         self.router.fused = self.experts.backend in ("triton", "block_sparse")

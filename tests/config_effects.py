@@ -350,6 +350,7 @@ EFFECTS: dict[str, Effect] = {
     "model.moe.shared_gate": Effect(parameters, False, True, ("model.moe.shared_hidden=8",)),
     "model.moe.latent_dim": Effect(parameters, 0, 4),
     "model.moe.backend": Effect(calls, "reference", "torch"),
+    "model.moe.precision": Effect(losses, "native", "fp8_row", ("model.moe.backend=reference",)),
     "model.moe.first_dense": Effect(parameters, 0, 1),
     "model.moe.every": Effect(parameters, 1, 2),
     # routers

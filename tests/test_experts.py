@@ -224,3 +224,18 @@ def test_a_backend_that_cannot_run_is_refused_by_name(name):
     with pytest.raises(BackendError, match=f"'{name}'.*'torch'"):
         resolve_backend(name)
     assert resolve_backend("auto") in BACKENDS
+
+
+@pytest.mark.parametrize("precision", ["fp8_row", "fp8_block"])
+def test_the_reference_rounds_operands_to_8_bits_and_others_refuse(precision):
+    x, experts, _ = build(24, 8, 6, 3, torch.float32)
+    dispatch = plan(routing_of(24, 3, 2, "uniform"))
+    rounding = Experts(3, 8, 6, "reference", precision=precision)
+    rounding.load_state_dict(experts.state_dict())
+    exact, found = plain(x, experts, dispatch), rounding(x, dispatch)
+    error = (found - exact).norm() / exact.norm()
+    assert 0.01 < error < 0.15  # three bits after the first: 2 to 3 % an operand
+    with pytest.raises(BackendError, match=f"'{precision}' is computed by backend 'triton', or by 'reference'"):
+        Experts(3, 8, 6, "torch", precision=precision)
+    with pytest.raises(BackendError, match="experts of one width, and these have 2: use precision=native"):
+        Experts(2, 8, 0, "reference", widths=(4, 6), precision=precision)

@@ -63,8 +63,13 @@ def expert_ffn(
         *gates, up = _products(rows, [*w_gate, w_up[expert]], precision)
         gate = _biased(gates[0], b_gate_EF, expert) if gates else None
         hidden = ACTIVATIONS[activation](gate, _biased(up, b_up_EF, expert))
-        out = _biased(_products(hidden, [w_down[expert]], precision)[0], b_down_ED, expert)
-        y_TD = y_TD.index_add(0, token, out if weight_on == "input" else out * scale)
+        # Rounded products take s·a for s·(a·W): the same, as scales absorb s, and the gradient of s is <dA, a> with dA rounded
+        early = precision != "native" and weight_on == "output"
+        (out,) = _products(hidden * scale if early else hidden, [w_down[expert]], precision)
+        if b_down_ED is not None:
+            bias = b_down_ED[expert].to(dtype)
+            out = out + (scale * bias if early else bias)
+        y_TD = y_TD.index_add(0, token, out if early or weight_on == "input" else out * scale)
     return y_TD.to(x_TD.dtype)
 
 

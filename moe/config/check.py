@@ -178,6 +178,9 @@ def _experts(moe: MoE) -> Iterator[str]:
     refusal = unequal_widths(moe.backend, expert_widths(moe))
     if refusal:
         yield f"model.moe.backend: {refusal}"
+    refusal = low_precision(moe.backend, moe.precision, expert_widths(moe))
+    if refusal:
+        yield f"model.moe.precision: {refusal}"
     try:
         moe.router.check(num_experts=moe.num_experts, top_k=moe.top_k)
     except ConfigError as error:
@@ -193,6 +196,20 @@ def unequal_widths(backend: str, widths: Sequence[int]) -> str:
         f"{min(widths)} to {max(widths)}: use 'block_sparse' (a GPU), 'torch' or 'reference', or give every expert the "
         "same width"
     )
+
+
+def low_precision(backend: str, precision: str, widths: Sequence[int]) -> str:
+    """Why an expert backend cannot compute in this precision; empty if it can."""
+    if precision == "native":
+        return ""
+    if backend not in ("triton", "reference"):
+        return (
+            f"'{precision}' is computed by backend 'triton', or by 'reference' as rounding alone, and the backend is "
+            f"'{backend}': use one of those, or precision=native"
+        )
+    if len(set(widths)) > 1:
+        return f"'{precision}' takes experts of one width, and these have {len(set(widths))}: use precision=native"
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------------------- rest

@@ -158,6 +158,9 @@ class MoE:
     """Who goes where; see `moe/routers`."""
     backend: Literal["auto", "reference", "torch", "triton", "block_sparse"] = "auto"
     """What computes the experts; `auto` is resolved once at the start, printed and recorded."""
+    precision: Literal["native", "fp8_row", "fp8_block"] = "native"
+    """Operands of the experts' products and of those for their inputs' gradient: the model's own type, or e4m3 with a scale
+    per row or per block (`triton`; `reference` rounds the same way and multiplies in float32). Weights' gradients: native."""
     first_dense: NonNegativeInt = 0
     """Layers at the bottom that keep a dense FFN."""
     every: PositiveInt = 1

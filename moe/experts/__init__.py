@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moe.config.check import unequal_widths
+from moe.config.check import low_precision, unequal_widths
 from moe.errors import BackendError
 from moe.experts import block_sparse_backend, reference, torch_backend, triton_backend
 from moe.routing import Dispatch
@@ -26,9 +26,9 @@ from moe_triton.block_sparse import PackedExperts
 
 _INDICES = ("first_block_E1", "expert_C", "column_bounds")
 """Buffers that hold a PackedExperts on the device of the weights; they follow from the widths, and no checkpoint has them."""
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Dispatch, PackedExperts | None], Tensor]
-"""(x, gate, up, down, dispatch, packed) to y. packed: widths and blocks of packed weights; None where they are stacked,
-except for `block_sparse`, which always needs blocks."""
+Backend = Callable[..., Tensor]
+"""(x, gate, up, down, dispatch, packed) to y, and precision= where it is not native. packed: widths and blocks of packed
+weights; None where they are stacked, except for `block_sparse`, which always needs blocks."""
 BACKENDS: dict[str, Backend] = {
     "reference": reference.expert_ffn,
     "torch": torch_backend.expert_ffn,
@@ -53,14 +53,23 @@ class Experts(nn.Module):
     """E SwiGLU feed-forward networks, of width `hidden` or of `widths`; the module's docstring has the parameters."""
 
     def __init__(
-        self, num_experts: int, dim: int, hidden: int, backend: str = "auto", *, widths: Sequence[int] = ()
+        self,
+        num_experts: int,
+        dim: int,
+        hidden: int,
+        backend: str = "auto",
+        *,
+        widths: Sequence[int] = (),
+        precision: str = "native",
     ) -> None:
         super().__init__()
         self.widths = tuple(widths) or (hidden,) * num_experts
-        refusal = unequal_widths(backend, self.widths)
+        refusal = unequal_widths(backend, self.widths) or low_precision(backend, precision, self.widths)
         if refusal:
             raise BackendError(refusal)
-        self.backend = resolve_backend(backend)
+        self.backend, self.precision = resolve_backend(backend), precision
+        if self.backend == "triton":
+            triton_backend.require_precision(precision)
         if len(set(self.widths)) > 1:
             F = sum(self.widths)
             self.w_gate_FD = nn.Parameter(torch.empty(F, dim))
@@ -89,4 +98,5 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
         """Gather, compute, weigh and sum: x_TD [T, D] to y_TD [T, D] in the same type."""
         gate, up, down = (w.to(x_TD.dtype) for w in self.parameters())
-        return BACKENDS[self.backend](x_TD, gate, up, down, dispatch, self.packed)
+        options = {} if self.precision == "native" else {"precision": self.precision}
+        return BACKENDS[self.backend](x_TD, gate, up, down, dispatch, self.packed, **options)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +32,19 @@ def require_device(name: str, x_TD: Tensor) -> None:
         )
 
 
+def require_precision(precision: str) -> None:
+    """Raise BackendError where this machine multiplies no operands of 8 bits and `precision` asks for them."""
+    if precision == "native":
+        return
+    from moe_triton.low_precision.formats import fp8_dtype
+    from moe_triton.runtime import target
+
+    try:
+        fp8_dtype(target())
+    except ValueError as error:
+        raise BackendError(f"expert backend 'triton': {error}") from error
+
+
 def expert_ffn(
     x_TD: Tensor,
     w_gate_EDF: Tensor,
@@ -38,14 +52,20 @@ def expert_ffn(
     w_down_EFD: Tensor,
     dispatch: Dispatch,
     packed: PackedExperts | None = None,
+    precision: Literal["native", "fp8_row", "fp8_block"] = "native",
 ) -> Tensor:
     """Apply the experts and sum their weighted outputs per token: y_TD, of x_TD's type. Stacked weights only."""
     assert w_up_EDF.ndim == 3, "experts of different widths are refused when the layer is built"
     require_device("triton", x_TD)
+    if precision != "native" and dispatch.weight_on == "input":
+        raise BackendError(
+            f"expert backend 'triton' has no products in '{precision}' for a router that weighs the experts' inputs: use "
+            "model.moe.precision=native, or backend 'reference'"
+        )
     # imported here because triton exists on Linux only
     from moe_triton import ffn, plan, tiles
 
     planned = plan.plan_from_order(dispatch.token_P, dispatch.row_P, dispatch.offsets_E1, num_tokens=x_TD.shape[0])
     weight_R = dispatch.weight_P.index_select(0, planned.reverse_R)
     weights = tiles.Weights(w_gate_EDF, w_up_EDF, w_down_EFD)
-    return ffn.planned_ffn(x_TD, weights, weight_R, planned, weight_on=dispatch.weight_on)
+    return ffn.planned_ffn(x_TD, weights, weight_R, planned, weight_on=dispatch.weight_on, precision=precision)

@@ -9,16 +9,18 @@ from torch import Tensor
 
 from moe.config.load import resolve_router
 from moe.config.schema import MoE
+from moe.errors import BackendError
 from moe.moe_layer import MoELayer, auxiliary_loss
 from moe.routing import Routing, Tokens
 
 KERNEL = "topk_fwd_kernel"
 
 
-def layer_of(backend: str, router: str, **settings) -> MoELayer:
+def layer_of(backend: str, router: str, precision: str = "native", **settings) -> MoELayer:
     """Six experts, two for each token."""
     config = resolve_router(router).Config(**settings)
-    layer = MoELayer(MoE(num_experts=6, top_k=2, expert_hidden=8, router=config, backend=backend), 16, layer=0)
+    sizes = {"num_experts": 6, "top_k": 2, "expert_hidden": 8}
+    layer = MoELayer(MoE(**sizes, router=config, backend=backend, precision=precision), 16, layer=0)
     bias_E = getattr(layer.router, "bias_E", None)
     if bias_E is not None:
         bias_E.copy_(torch.linspace(-0.2, 0.2, 6))
@@ -71,3 +73,24 @@ def test_a_replayed_choice_is_kept(launches):
     assert KERNEL not in launches
     assert torch.equal(new.selection.expert_R, forced.expert_R)
     assert torch.allclose(found["y"], expected["y"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp8_row", pytest.param("fp8_block", marks=pytest.mark.full)])
+def test_products_of_8_bits_are_those_of_the_reference_backend_and_not_the_native_ones(launches, precision):
+    x_BSD, dy_BSD = torch.randn(2, 1, 20, 16)
+    layers = [
+        layer_of("reference", "topk", precision),
+        layer_of("triton", "topk", precision),
+        layer_of("reference", "topk"),
+    ]
+    expected, found, native = (run(layer, x_BSD, dy_BSD)[1] for layer in layers)
+    assert launches.count("fp8_rows_kernel") == 4
+    for name, value in expected.items():
+        apart, price = ((other[name] - value).norm() / value.norm() for other in (found, native))
+        assert apart < 1e-3, name  # one operand in a thousand on the other side of a rounding would be more
+        assert price > 0.01 or name not in ("y", "x", "experts.w_up_EDF", "experts.w_down_EFD"), name
+
+
+def test_products_of_8_bits_are_refused_where_a_router_weighs_the_experts_inputs():
+    with pytest.raises(BackendError, match=r"'fp8_row' for a router that weighs the experts' inputs: use .*native"):
+        run(layer_of("triton", "llama4", "fp8_row"), *torch.randn(2, 1, 20, 16))

@@ -177,10 +177,9 @@ def test_the_ffn_errs_as_rounded_operands_do(case, precision):
         # e4m3 keeps three bits after the first, so that rounding alone errs by 2 to 3 % in the mean square
         assert 0.002 < price < 0.15, (name, price)
         assert error <= 2 * price, (name, error, price)
-        # sums that are rounded otherwise move an operand to the next 8-bit value now and then; the reference's gradient of the
-        # rows' weights is <dO, rounded output>, the kernels' <rounded dA, A>: two roundings of one number
+        # sums that are rounded otherwise move an operand to the next 8-bit value now and then
         apart = rms(found[name] - rounded[name]) / rms(value)
-        assert name == "weight" or apart < (0.02 if case.dtype == torch.float32 else 0.35) * price, (name, apart, price)
+        assert apart < (0.02 if case.dtype == torch.float32 else 0.35) * price, (name, apart, price)
 
 
 def test_no_tokens_and_experts_without_rows():
