@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from gpu_operators import operators
 from gpu_run import ROUTINGS, Check, Item, Json
 
-from moe_triton import autotune, block_sparse, measure, roofline, tuning
-from moe_triton.block_sparse import reference as block_sparse_reference
+from moe_triton import autotune, measure, roofline, tuning
 from moe_triton.compile_only import compiling
 from moe_triton.ffn import expert_ffn
 from moe_triton.roofline import Shape
@@ -46,9 +46,7 @@ def parity(check: Check) -> Iterator[Item]:
     yield "two runs are bitwise equal", lambda: _repeatable(check)
     yield "persistent with TMA equals plain", lambda: _variants(check)
     yield "rows past 2^31 elements", lambda: _large_offsets(check)
-    yield "block-sparse products", lambda: _block_sparse(check)
-    yield "experts of different widths", lambda: _different_widths(check)
-    yield "score and top-k", lambda: _topk(check)
+    yield from operators(check)
     yield "torch.compile(fullgraph=True)", lambda: _compiled(check)
 
 
@@ -169,67 +167,6 @@ def _large_offsets(check: Check) -> Json:
     return errors
 
 
-def _block_sparse(check: Check) -> Json:
-    worst = 0.0
-    for block in (128,) if check.rehearse else (16, 32, 64, 128):
-        with torch.device(check.device):
-            topology = block_sparse.from_mask(torch.rand(6, 5) < 0.5, block, (6 * block - 3, 5 * block - 5))
-            M, N = topology.shape
-            a, b = torch.randn(M, 512).bfloat16(), torch.randn(512, N).bfloat16()
-            values = block_sparse.sdd(a, b, topology, backend="triton")
-            wanted = block_sparse_reference.sdd(a.double(), b.double(), topology)
-            out = block_sparse.dsd(wanted.bfloat16(), topology, b.t().contiguous(), backend="triton")
-            wanted_out = block_sparse_reference.dsd(wanted.bfloat16().double(), topology, b.t().double())
-        for got, exact in ((values, wanted), (out, wanted_out)):
-            worst = max(worst, ((got - exact).norm() / exact.norm()).item())
-    assert check.rehearse or worst < 1e-2, f"relative error {worst:.2g}"
-    return {"relative_error": worst}
-
-
-def _different_widths(check: Check) -> Json:
-    """y and every gradient of the block-sparse experts in bfloat16 against the float64 loop."""
-    widths, D, rows = (128, 72, 256), 256, (100, 37, 200) if not check.rehearse else (10, 7, 15)
-    with torch.device(check.device):
-        packed = block_sparse.PackedExperts.of(widths, 64, check.device)
-        P, F = sum(rows) + 5, sum(widths)  # five rows go nowhere
-        token, offsets = torch.arange(P) // 2, torch.tensor([0, *rows]).cumsum(0)
-        x, gate, up = torch.randn(P // 2 + 1, D), torch.randn(F, D) / 16, torch.randn(F, D) / 16
-        down, weight, dy = torch.randn(F, D) / 16, torch.rand(P), torch.randn(P // 2 + 1, D)
-
-    def results(
-        layer: Callable[..., torch.Tensor], dtype: torch.dtype, *which: Any, **options: Any
-    ) -> list[torch.Tensor]:
-        leaves = [t.to(torch.bfloat16).to(dtype).requires_grad_() for t in (x, gate, up, down)]
-        leaves.append(weight.to(torch.promote_types(dtype, torch.float32)).requires_grad_())
-        a, *matrices, w = leaves
-        y = layer(a, matrices[0].t(), matrices[1].t(), matrices[2], token, w, offsets, *which, **options)
-        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
-
-    got = results(block_sparse.variable_width_ffn, torch.bfloat16, packed, backend="triton")
-    if check.rehearse:
-        return {}
-    wanted = results(block_sparse_reference.variable_width_ffn, torch.float64, widths)
-    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True)]
-    assert max(errors) < 2e-2, f"relative errors of y, dx, dw_gate, dw_up, dw_down, dweight: {errors}"
-    return {"relative_error": max(errors)}
-
-
-def _topk(check: Check) -> Json:
-    """The interpreter's criterion with eight rounding units more: the hardware's exponential is less exact than numpy's."""
-    cases = importlib.import_module("topk_cases")
-    biased = {"score": "sigmoid", "normalize": True, "biased": True, "scaling_factor": 2.5}
-    choices = [
-        cases.Choice(T=4096, E=128, K=8, normalize=True),
-        cases.Choice(T=256, E=256, K=8, dtype=torch.bfloat16, **biased),
-        cases.Choice(T=1000, E=60, K=60, logits="tied"),
-        cases.Choice(T=64, E=4096, K=32, score="sqrt_softplus"),
-    ]
-    for choice in choices[:1] if check.rehearse else choices:
-        with torch.device(check.device):
-            cases.check(choice, units=8)
-    return {}
-
-
 def _compiled(check: Check) -> Json:
     shape = check.shape(Shape(2048, 512, 256, 8, 2))
     inputs = measure.arguments(shape, roofline.uniform_counts(shape), check.device)
@@ -267,6 +204,9 @@ def awkward_step(check: Check) -> None:
     """What the sanitizer looks at: awkward sizes, every kernel once."""
     shape = check.shape(Shape(100, 136, 72, 5, 2))
     inputs = measure.arguments(shape, roofline.zipf_counts(shape), check.device)
+    measure.step(inputs, torch.ones_like(inputs["x_TD"]))
+    wide = check.shape(Shape(600, 1032, 1024, 4, 2))  # for the variants with descriptors, where there are any
+    inputs = measure.arguments(wide, roofline.zipf_counts(wide), check.device)
     measure.step(inputs, torch.ones_like(inputs["x_TD"]))
     logits_TE = torch.zeros(100, 7, device=check.device, requires_grad=True)
     score_topk(logits_TE, 2, normalize=True).weight_TK.sum().backward()
