@@ -14,7 +14,12 @@ def collapse(history: History) -> list[Finding]:
     least = max((history.lasting(rows) for rows in settled.values()), default=4)
     share = limit("effective_share")
     found = troubled(
-        settled, lambda row: row["effective_experts"] / len(row["counts"]), share, above=False, least=least
+        settled,
+        lambda row: row["effective_experts"] / len(row["counts"]),
+        share,
+        above=False,
+        least=least,
+        since=history.routing,
     )
     found = [one for one in found if not _cut_off(history.settled(history.routing[one.layer]))[0]]
     if not found:
@@ -159,7 +164,7 @@ def drops(history: History) -> list[Finding]:
     """Capacity drops a large share of the rows."""
     settled = {layer: history.settled(rows) for layer, rows in history.routing.items()}
     least = max((history.lasting(rows) for rows in settled.values()), default=4)
-    found = troubled(settled, lambda row: row["drop_rate"], limit("drop_rate"), least=least)
+    found = troubled(settled, lambda row: row["drop_rate"], limit("drop_rate"), least=least, since=history.routing)
     if not found:
         return []
     worst = max(found, key=lambda one: one.value)

@@ -78,18 +78,30 @@ def troubled(
     *,
     above: bool = True,
     least: int = 3,
+    since: dict[int, list[Json]] | None = None,
 ) -> list[LayerTrouble]:
-    """The layers where a quantity is beyond a limit, and stays there; rows without the quantity are passed over."""
+    """The layers where a quantity is beyond a limit, and stays there; rows without the quantity are passed over.
+
+    `since` has further rows by layer, before the judged ones, in which the condition may have begun.
+    """
+
+    def judged(rows: Sequence[Json]) -> list[tuple[Json, float]]:
+        return [(row, value) for row in rows if (value := value_of(row)) is not None]
+
+    def flags(pairs: Sequence[tuple[Json, float]]) -> list[tuple[int, bool]]:
+        return [(row["step"], value > limit if above else value < limit) for row, value in pairs]
+
     found = []
     for layer, rows in sorted(rows_by_layer.items()):
-        pairs = [(row, value) for row in rows if (value := value_of(row)) is not None]
-        points = [(row["step"], value > limit if above else value < limit) for row, value in pairs]
-        since = lasting(points, least)
-        if since is None:
+        pairs = judged(rows)
+        points = flags(pairs)
+        start = lasting(points, least)
+        if start is None:
             continue
+        start = lasting(flags(judged(since[layer])), least) or start if since is not None else start
         value = median(value for _, value in pairs[-least:])
         excess = (value / limit if above else limit / max(value, 1e-12)) if limit else 2.0
-        found.append(LayerTrouble(layer, since, value, how_sure(points, excess), pairs[-1][0]))
+        found.append(LayerTrouble(layer, start, value, how_sure(points, excess), pairs[-1][0]))
     return found
 
 

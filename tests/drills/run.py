@@ -81,7 +81,7 @@ def main() -> int:
         "--seeds", default="0,1,2", help="seeds at the tuning sizes; 0 is the one thresholds were set on"
     )
     parser.add_argument("--only", default="", help="part of a case's name")
-    parser.add_argument("--tuning-sizes-only", action="store_true", help="leave the held-out size alone")
+    parser.add_argument("--sizes", choices=("all", "tuning", "held-out"), default="all", help="leave some sizes out")
     parser.add_argument(
         "--write", type=Path, help="markdown file whose drills section is replaced, e.g. docs/doctor.md"
     )
@@ -91,7 +91,8 @@ def main() -> int:
     store = options.out / "outcomes.jsonl"
     done = {(o.case, o.size, o.seed): o for o in read_outcomes(store)}
     for name, size, seed in plan([int(seed) for seed in options.seeds.split(",")]):
-        if options.only not in name or (size == HELD_OUT_SIZE and options.tuning_sizes_only):
+        kind = "held-out" if size == HELD_OUT_SIZE else "tuning"
+        if options.only not in name or options.sizes not in ("all", kind):
             continue
         if (name, size, seed) not in done:
             folder = options.out / f"{name.replace(' ', '-').replace(',', '')}-{size}-{seed}"
