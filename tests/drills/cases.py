@@ -13,6 +13,7 @@ from moe.data import Batch
 from moe.data.batches import NO_LOSS, Corpus
 from moe.model import Transformer
 from moe.routers import topk
+from moe.routing import Selection
 from moe.train import loop
 from moe.train import step as step_module
 
@@ -131,15 +132,16 @@ class HalfDropped:
         self.on = step >= STEPS // 2
 
     def patches(self) -> list[Any]:
-        choose = topk.top_k
+        choose = topk.choose
 
-        def top_k(score_TE: Tensor, k: int, replay: Any) -> Tensor:
+        def without_half(score: str, logits_TE: Tensor, k: int, replay: Selection | None, **options: Any) -> Any:
             if self.on:
-                score_TE = score_TE.clone()
-                score_TE[:, score_TE.shape[1] // 2 :] = -1
-            return choose(score_TE, k, replay)
+                T, E = logits_TE.shape
+                expert_TK = logits_TE[:, : E // 2].topk(k, dim=1).indices
+                replay = Selection(torch.arange(T).repeat_interleave(k), expert_TK.flatten())
+            return choose(score, logits_TE, k, replay, **options)
 
-        return [patch.object(topk, "top_k", top_k)]
+        return [patch.object(topk, "choose", without_half)]
 
 
 def padded_corpus() -> Any:
