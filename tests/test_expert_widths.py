@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from tiny_runs import tiny_run, write_corpus
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from width_cases import CASES, check_experts, loop, loop_of
+from width_cases import CASES, check_experts, dispatch_of, loop, loop_of
 
 from moe.analysis.rows import RunRows
 from moe.analysis.summaries import measured_flops
@@ -37,7 +37,8 @@ from moe.train import resume, train
 from moe_triton.block_sizes import block_of, max_blocks
 
 WIDTHS = (24, 7, 40, 16)
-MIXED = f"{Path(__file__).parents[1] / 'recipes' / 'smoke.py'}:mixed_widths"
+ROOT = Path(__file__).parents[1]
+MIXED = f"{ROOT / 'recipes' / 'smoke.py'}:mixed_widths"
 PLAIN = MoE(num_experts=4, top_k=2, expert_hidden=8, router=TopK(), backend="torch")
 EXPERTS = replace(PLAIN, expert_widths=WIDTHS)
 
@@ -64,18 +65,26 @@ def test_layer_equals_a_loop_over_modules(backend):
         assert tensor.grad is not None and tensor.grad.isfinite().all() and tensor.grad.any(), name
 
 
-def test_torch_operator_contract_and_whole_graph():
+@pytest.mark.full
+def test_torch_operator_contract():
     experts = Experts(4, 20, 8, "torch", widths=WIDTHS)
     initialise(experts, seed=0, std=0.3, prefix="layers.0.moe.experts.")
     x = torch.randn(6, 20, requires_grad=True)
     token, weight = torch.arange(6).repeat(2), torch.rand(12, requires_grad=True)
     arguments = (x, *experts.parameters(), token, weight, torch.tensor([0, 3, 3, 9, 12]), list(WIDTHS), False, True)
-    quick = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.moe_lab.expert_ffn.default, arguments, test_utils=quick)
-    layer = MoELayer(EXPERTS, 20, layer=0, init_std=0.3)
-    compiled = torch.compile(lambda x: layer(x)[0], fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 9, 20)
-    torch.testing.assert_close(compiled(x), layer(x)[0])
+    torch.library.opcheck(torch.ops.moe_lab.expert_ffn.default, arguments)
+
+
+def test_experts_trace_as_one_graph():
+    experts = Experts(4, 20, 8, "torch", widths=WIDTHS)
+    initialise(experts, seed=0, std=0.3, prefix="layers.0.moe.experts.")
+    dispatch, x = dispatch_of(9, 2, 4, "nowhere", "output"), torch.randn(9, 20)
+    compiled = torch.compile(lambda x: experts(x, dispatch), fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (lambda x: experts(x, dispatch), compiled):
+        y = function(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), list(experts.parameters()))))
+    torch.testing.assert_close(*found)
 
 
 def test_rows_that_nobody_fills_are_zero_in_what_is_kept():
@@ -163,6 +172,16 @@ def test_measurements_and_probes_know_different_widths(tmp_path):
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_pages_commands_load():
+    text = (ROOT / "docs" / "block_sparse.md").read_text("utf-8")
+    commands = re.findall(r"^moe (?:show|train|compare) (\S+) ?(\S+=\S+)?", text, re.MULTILINE)
+    assert len(commands) == 3
+    for recipe, setting in commands:
+        run = load(str(ROOT / recipe), [setting] if setting else [])
+        assert run.model.moe is not None
+        assert run.model.moe.expert_widths == (16, 32, 48, 64, 64, 80, 96, 112)
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
