@@ -97,6 +97,15 @@ def far_column(package: ModuleType) -> None:
     torch.testing.assert_close(package.dsd(values, topology, b.t(), backend="triton"), values[0] @ b[:, -16:].t())
 
 
+def outside_is_ignored(package: ModuleType) -> None:
+    """What a block holds outside of a ragged matrix may be anything."""
+    topology = package.from_mask(torch.ones(1, 2, dtype=torch.bool), 16, (16, 27))
+    values, x = torch.randn(2, 16, 16), torch.randn(27, 3)
+    wanted = values.transpose(0, 1).flatten(1)[:, :27] @ x
+    values[1, :, 11:] = float("nan")
+    torch.testing.assert_close(package.dsd(values, topology, x, backend="triton"), wanted)
+
+
 @pytest.fixture
 def check_copy(tmp_path, monkeypatch):
     """Run the checks of the suite with a copy's operators in place of the package's."""
@@ -108,6 +117,7 @@ def check_copy(tmp_path, monkeypatch):
             if hasattr(block_sparse_cases, member):
                 monkeypatch.setattr(block_sparse_cases, member, getattr(package, member))
         far_column(package)
+        outside_is_ignored(package)
         for product in NAMES:
             check_product(product, (16, 4, 6, (9, 13), 17), torch.float32, "triton")
         check_builder("routing", 16, "triton")
