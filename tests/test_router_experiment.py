@@ -48,7 +48,7 @@ def test_the_page_ranks_what_the_runs_hold(script, tmp_path):
     ranked = [line.split("|")[2].strip() for line in page.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert ranked == ["`expert_choice` †", "`topk`", "`dense`", "`hash`"]
     # differences -0.2, -0.2, -0.21: mean -0.2033 and 4.3027·0.005774/√3 = 0.0143 to either side
-    assert "| 4 | `hash` | 2.2033 | -0.2033 [-0.2177, -0.1890] |" in page
+    assert "| 4 | `hash` | 3 | 2.2033 | -0.2033 [-0.2177, -0.1890] |" in page
     assert "| 80 | 0.80 |" in page, "1000 tokens of 100 a step per second against 1250"
     assert "Interval above 0 (causal): none. Interval below 0: `hash`." in page
     assert (tmp_path / "docs/routers.png").stat().st_size > 10_000

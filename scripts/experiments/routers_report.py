@@ -31,6 +31,7 @@ class Row:
     causal: bool
     bits: list[float]
     """Final validation bits per byte of each seed."""
+    seeds: list[int]
     gain: float
     """Mean over seeds of the baseline's bits minus this arm's."""
     gain_low: float | None
@@ -62,16 +63,28 @@ def mean_or_none(values: list[float | None]) -> float | None:
     return float(np.mean([v for v in values if v is not None])) if None not in values else None
 
 
+def finished(out: Path, arm: str, seeds: int) -> dict[int, RunRows]:
+    """An arm's finished runs by seed."""
+    folders = {seed: out / f"{arm}-seed{seed}" for seed in range(seeds)}
+    done = [seed for seed, folder in folders.items() if (folder / "summary.json").exists()]
+    return {
+        seed: read_run(folders[seed])
+        for seed in done
+        if read_json(folders[seed] / "summary.json")["status"] == "finished"
+    }
+
+
 def summarise(out: Path, arms: list[str], seeds: int, baseline: str) -> list[Row]:
-    """The arms, best first. Raises UserError for a run that is missing or malformed."""
+    """The arms, best first, each over the seeds that it and the baseline have finished."""
     timing = read_json(out / "timing.json")
     speed = {arm: np.array(values) for arm, values in timing["tokens_per_cpu_second"].items()}
-    runs = {arm: [read_run(out / f"{arm}-seed{seed}") for seed in range(seeds)] for arm in arms}
-    reference = [run.final_bits for run in runs[baseline]]
+    by_seed = {arm: finished(out, arm, seeds) for arm in arms}
     rows = []
     for arm in arms:
+        shared = [seed for seed in by_seed[arm] if seed in by_seed[baseline]]
+        runs = {arm: [by_seed[arm][seed] for seed in shared]}
         bits = [run.final_bits for run in runs[arm]]
-        gain = t_interval([b - own for b, own in zip(reference, bits, strict=True)])
+        gain = t_interval([by_seed[baseline][seed].final_bits - own for seed, own in zip(shared, bits, strict=True)])
         ratio = speed[baseline] / speed[arm]
         low, middle, high = (float(q) for q in np.percentile(ratio, [25, 50, 75]))
         rows_run = [np.mean([*rows_per_position(run).values()]) if run.routing else None for run in runs[arm]]
@@ -80,6 +93,7 @@ def summarise(out: Path, arms: list[str], seeds: int, baseline: str) -> list[Row
                 arm=arm,
                 causal=arm == "dense" or resolve_router(arm.split("+")[0]).Router.causal,
                 bits=bits,
+                seeds=shared,
                 gain=gain.mean,
                 gain_low=gain.low,
                 gain_high=gain.high,
@@ -129,7 +143,10 @@ def _gains(axes: Axes, rows: list[Row], place: np.ndarray, baseline: str) -> Non
         low, high = row.gain_low, row.gain_high
         bars = None if low is None or high is None else [[row.gain - low], [high - row.gain]]
         axes.errorbar(row.gain, y, xerr=bars, color=colour, fmt="D", markersize=4, capsize=3)
-    axes.set_xlabel(f"Gain over {baseline} in bits per byte, paired by seed (95 %; right: better)\nred: not causal")
+    axes.set_ylim(-0.8, len(rows) - 0.2)
+    axes.set_xlabel(
+        f"Gain over {baseline} in bits per byte, paired by seed, 95 %\n(right is better; orange: not causal)"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- page
@@ -142,15 +159,15 @@ def _cell(value: float | None, digits: int = 2) -> str:
 def table(rows: list[Row]) -> list[str]:
     """The ranking in Markdown."""
     lines = [
-        "| | router | bits per byte | gain [95 %] | MaxVio (floor) | load entropy | dead | rows per token | ms per step | × |",
-        "| ---: | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| | router | seeds | bits per byte | gain [95 %] | MaxVio (floor) | load entropy | dead | rows | ms per step | × |",
+        "| ---: | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for number, row in enumerate(rows, 1):
         interval = "" if row.gain_low is None else f" [{row.gain_low:+.4f}, {row.gain_high:+.4f}]"
         violation = "–" if row.max_vio is None else f"{row.max_vio:.2f} ({row.max_vio_floor:.2f})"
         name = f"`{row.arm}`" + ("" if row.causal else " †")
         lines.append(
-            f"| {number} | {name} | {np.mean(row.bits):.4f} | {row.gain:+.4f}{interval} | {violation} "
+            f"| {number} | {name} | {len(row.seeds)} | {np.mean(row.bits):.4f} | {row.gain:+.4f}{interval} | {violation} "
             f"| {_cell(row.load_entropy, 3)} | {_cell(row.dead_experts, 1)} | {_cell(row.rows_per_token)} "
             f"| {row.milliseconds:.0f} | {row.cost:.2f} |"
         )
@@ -177,13 +194,13 @@ def page(rows: list[Row], run: RunRows, seeds: int, baseline: str, command: str)
         "",
         f"Every router with its own defaults at the size of `recipes/smoke.py` {shape}:",
         f"{config['train']['steps']} steps, {tokens / 1e6:.2f} million bytes of Python source, the same batches in the same order",
-        f"in all arms, learning rate {config['train']['optimizer']['lr']:g} for all, {seeds} seeds. `dense` is the dense twin of",
-        f"`{baseline}` at equal FLOPs.",
+        f"in all arms, learning rate {config['train']['optimizer']['lr']:g} for all, {seeds} seeds (fewer where a row says so).",
+        f"`dense` is the dense twin of `{baseline}` at equal FLOPs.",
         "",
         f"* **gain**: bits per byte of the final validation, `{baseline}` minus the router, paired by seed, with a 95 % t interval",
-        f"  over {seeds} seeds; above 0 is better. Each interval stands alone: of {len(rows) - 1}, one in twenty misses by chance.",
+        f"  over the seeds; above 0 is better. Each interval stands alone: of {len(rows) - 1}, one in twenty misses by chance.",
         f"* **loads**: means over layers, seeds and the last {TAIL:.0%} of the logged steps; MaxVio beside the floor that chance",
-        "  gives a perfect router. Rows per token: computed ones, after drops, mean over the run.",
+        "  gives a perfect router. Rows, per token: computed ones, after drops, mean over the run.",
         "* **ms per step**: CPU time (not wall time) of a training step from the end of the run, one thread, median over rounds in",
         f"  which all arms take turns; ×: its ratio to `{baseline}`.",
         "* † not causal: tokens see later ones through the router, so its loss is flattered.",
