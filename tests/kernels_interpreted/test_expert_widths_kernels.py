@@ -100,6 +100,7 @@ def test_a_run_trains_with_the_references_losses(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("variant", ["run", "mixed_widths"])
 def test_the_recipe_trains_with_the_references_losses(variant, tmp_path):
     corpus = json.dumps(str(write_corpus(tmp_path)))
