@@ -61,15 +61,24 @@ def test_the_product_uses_e4m3_matrix_instructions(precision, target):
 @pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("height", [16, 32, 64, 128])
+@pytest.mark.parametrize("height", [64, 128])
 @pytest.mark.parametrize("target", FP8_TARGETS)
 @pytest.mark.parametrize("precision", FORMATS)
 def test_every_setting_of_the_8_bit_product(precision, target, height, shape):
     launch, fact = product_of(precision, target, height, *SHAPES[shape])
     text = launch.asm["ptx" if "ptx" in launch.asm else "amdgcn"]
-    small = r"mma\.sync\.aligned\.m16n8k32\.row\.col\.f32\.e4m3\.e4m3"
-    assert re.search(small if height < 64 and target != "gfx942" else E4M3[target], text), fact.matrix
+    assert re.search(E4M3[target], text), fact.matrix
     assert not fact.problems()
+
+
+@pytest.mark.full
+def test_experts_with_few_rows_get_tiles_that_the_8_bit_instructions_take():
+    case = next(case for case in compile_cases() if case.name == "fp8_row_few_rows")
+    with compiling("sm_90") as launches:
+        case.run(torch.bfloat16, *SHAPES["unaligned"])
+    products = [launch for launch in launches if launch.kernel == "fp8_rows_kernel"]
+    assert len(products) == 4 and {launch.constants["BLOCK_M"] for launch in products} == {product.LEAST_HEIGHT}
+    assert all(re.search(E4M3["sm_90"], launch.asm["ptx"]) for launch in products)
 
 
 def test_sm_80_is_refused_by_name():

@@ -16,10 +16,10 @@ from moe_triton.compile_case import CompileCase
 from moe_triton.hidden_backward import row_weight_bwd
 from moe_triton.low_precision.activation import activate_bwd_quantize, activate_quantize
 from moe_triton.low_precision.formats import FORMATS, ScaleFormat, format_of, fp8_dtype
-from moe_triton.low_precision.product import fp8_rows
+from moe_triton.low_precision.product import LEAST_HEIGHT, fp8_rows
 from moe_triton.low_precision.quantize import quantize_rows, quantize_weights
-from moe_triton.plan import RoutingPlan, routing_plan
-from moe_triton.runtime import target
+from moe_triton.plan import RoutingPlan, routing_plan, schedule_tiles
+from moe_triton.runtime import INTERPRETING, target
 from moe_triton.tiles import Weights
 from moe_triton.weight_backward import w_down_bwd, w_up_bwd
 
@@ -173,6 +173,9 @@ def fp8_ffn(
     format_of(precision)
     w_gate_EDF, w_up_EDF, w_down_EFD = (None if w is None else w.contiguous() for w in weights[:3])
     assert w_up_EDF is not None and w_down_EFD is not None
+    if plan.tile_rows < LEAST_HEIGHT and not INTERPRETING:
+        tiles = schedule_tiles(plan.offsets_E1, plan.token_P.shape[0], LEAST_HEIGHT)
+        plan = plan._replace(schedule=tiles, tile_rows=LEAST_HEIGHT)
     return _forward(
         x_TD.contiguous(),
         w_gate_EDF,

@@ -18,13 +18,17 @@ from moe_triton.tiles import rows_of_tile, swizzle, within
 
 # Height of the row tile; then BLOCK_N, BLOCK_K, GROUP, num_warps, num_stages. K of a blocked format divides 128, and so
 # does N, so that one scale of the weight meets a tile. Reasons: at 128 rows one accumulator is 128 wide, for a blocked
-# format holds a second one beside it; stages fill shared memory (gfx942: 64 KB); few rows are bound by the weights' bytes.
+# format holds a second one beside it; stages fill shared memory (gfx942: 64 KB).
 _SETTINGS = {
-    "sm_80": {128: (128, 64, 8, 8, 3), 64: (128, 64, 8, 4, 3), 32: (64, 128, 8, 4, 3), 16: (64, 128, 8, 4, 3)},
-    "sm_90": {128: (128, 128, 8, 8, 4), 64: (128, 128, 8, 4, 4), 32: (64, 128, 8, 4, 4), 16: (64, 128, 8, 4, 4)},
-    "sm_100": {128: (128, 128, 8, 8, 4), 64: (128, 128, 8, 4, 4), 32: (64, 128, 8, 4, 4), 16: (64, 128, 8, 4, 4)},
-    "gfx942": {128: (128, 64, 8, 8, 2), 64: (128, 64, 8, 8, 2), 32: (64, 64, 8, 4, 2), 16: (64, 64, 8, 4, 2)},
+    "sm_80": {128: (128, 64, 8, 8, 3), 64: (128, 64, 8, 4, 3)},
+    "sm_90": {128: (128, 128, 8, 8, 4), 64: (128, 128, 8, 4, 4)},
+    "sm_100": {128: (128, 128, 8, 8, 4), 64: (128, 128, 8, 4, 4)},
+    "gfx942": {128: (128, 64, 8, 8, 2), 64: (128, 64, 8, 8, 2)},
 }
+
+
+LEAST_HEIGHT = 64
+"""Rows of the lowest tile: below, triton multiplies e4m3 in float16 on sm_90 and sm_100. Weights' bytes decide there anyway."""
 
 
 def settings(height: int, columns: int) -> dict[str, int]:
