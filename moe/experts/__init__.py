@@ -81,9 +81,8 @@ class Experts(nn.Module):
             self.w_up_EDF = nn.Parameter(torch.empty(num_experts, dim, F))
             self.w_down_EFD = nn.Parameter(torch.empty(num_experts, F, dim))
         if len(set(self.widths)) > 1 or self.backend == "block_sparse":
-            packed = PackedExperts.of(
-                self.widths, block_of(self.widths)
-            )  # on the CPU, even where the default device is meta
+            # on the CPU, even where the default device is meta: buffers hold values
+            packed = PackedExperts.of(self.widths, block_of(self.widths))
             for name in _INDICES:
                 self.register_buffer(name, getattr(packed, name), persistent=False)
 
