@@ -60,16 +60,25 @@ def tile_rows(num_rows: int, num_experts: int) -> int:
 
     Compared with powers of two, not computed from, so that a traced number of rows is guarded by those bounds only.
     """
-    for share in (16, 32, 64):
+    for share in (16, 32, 64, *_SMALL_TILES_UP_TO):
         if num_rows <= share * num_experts:
             return _height(share)
-    return _height(128)
+    return _height(512)
+
+
+_SMALL_TILES_UP_TO = (256,) if INTERPRETING else ()
+"""Rows per expert up to which interpreted tiles have 32 rows at most, so that small tests meet several."""
 
 
 @torch.compiler.assume_constant_result
 def _height(share: int) -> int:
     height = tile_height(share, "gpu")
-    return min(height, 32) if INTERPRETING else height  # so that small tests meet several tiles
+    return min(height, 32) if INTERPRETING and share <= 256 else height
+
+
+def _block(num_rows: int) -> int:
+    """Rows that a program counts or places; few when interpreted, so that small tests meet several programs."""
+    return 128 if INTERPRETING and num_rows <= 1024 else 1024
 
 
 def max_tiles(num_rows: int, num_experts: int, rows: int) -> int:
@@ -82,7 +91,7 @@ def max_tiles(num_rows: int, num_experts: int, rows: int) -> int:
 def _ordered(token_R: Tensor, expert_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(token_P, row_P, reverse_R, offsets_E1) by three launches."""
     R, device = token_R.shape[0], token_R.device
-    bins, block = num_experts + 1, 128 if INTERPRETING else 1024
+    bins, block = num_experts + 1, _block(R)
     blocks, BINS = cdiv(R, block), max(next_power_of_two(bins + 1), 32)
     token_P, row_P, reverse_R = (torch.empty(R, dtype=torch.int32, device=device) for _ in range(3))
     offsets_E1 = torch.empty(bins, dtype=torch.int64, device=device)
@@ -106,8 +115,8 @@ def _(token_R, expert_R, num_experts):
 
 @torch.library.custom_op("moe_triton::drop_beyond_capacity", mutates_args=())
 def _drop(token_R: Tensor, expert_R: Tensor, num_experts: int, capacity: int, tokens_per_group: int) -> Tensor:
-    R, block = token_R.shape[0], 128 if INTERPRETING else 1024
-    expert_R = expert_R.contiguous()
+    R = token_R.shape[0]
+    block, expert_R = _block(R), expert_R.contiguous()
     token_P, row_P, _, offsets_E1 = _ordered(token_R, expert_R, num_experts)
     kept_R = torch.empty_like(expert_R)
     sizes = (R, num_experts + 1, min(capacity, R), tokens_per_group)
