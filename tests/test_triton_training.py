@@ -34,7 +34,8 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_five_interpreted_steps_have_the_reference_backends_losses(tmp_path):
     pytest.importorskip("triton", reason="triton exists on Linux only")
     for backend in ("reference", "triton"):
