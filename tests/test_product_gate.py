@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("TRITON_INTERPRET is set, so triton compiles nothing", allow_module_level=True)
 
 from moe_triton import grouped
-from moe_triton.compile_only import SHAPES, compiling, facts
+from moe_triton.compile_only import SHAPES, compile_case, compiling, facts
 from moe_triton.grouped import kernels, settings
 from moe_triton.low_precision import FORMATS, compile_cases, formats, product
 from moe_triton.low_precision.quantize import Quantized
@@ -89,6 +89,12 @@ def test_sm_80_is_refused_by_name():
 
 
 # ------------------------------------------------------------------------------------------- grouped products
+
+
+def test_a_grouped_product_compiles_forward_and_backward():
+    found = compile_case(grouped.compile_cases()[0], "sm_90", *SHAPES["unaligned"])
+    assert {fact.kernel for fact in found} == {"grouped_rows_kernel", "grouped_inner_kernel"}
+    assert not [problem for fact in found for problem in fact.problems()]
 
 
 def rounds() -> list[tuple[str, str, int, int, str]]:

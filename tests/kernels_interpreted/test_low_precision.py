@@ -5,12 +5,16 @@ float32. The whole FFN is no farther from the exact result than twice the refere
 near that reference itself; how far that is, is the price of the format.
 """
 
+import importlib
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from ffn_cases import Case, inputs_of, rms, rows_of
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 
 from moe_triton import ffn, reference
 from moe_triton.low_precision import FORMATS, formats, product, quantize
@@ -157,7 +161,7 @@ CASES = [
     SMALL,
     replace(SMALL, routing="empty_middle", activation="relu2", recompute="hidden"),
     replace(SMALL, T=20, D=97, F=47, E=5, routing="ragged", activation="geglu", dtype=torch.bfloat16),
-    replace(SMALL, T=7, D=130, F=260, E=2, K=1, routing="one", dtype=torch.float16),
+    replace(SMALL, T=7, D=70, F=140, E=2, K=1, routing="one", dtype=torch.float16),
 ]
 
 
@@ -183,14 +187,15 @@ def test_the_ffn_errs_as_rounded_operands_do(case, precision):
 
 
 def test_no_tokens_and_experts_without_rows():
-    case = replace(SMALL, T=0)
+    case = replace(TINY, T=0)
     found = run(case, "fp8_row", ours)
     assert all(not value.any() for value in found.values())
     found = run(replace(TINY, routing="empty_first"), "fp8_block", ours)
     assert not found["w_up"][0].any() and not found["w_down"][0].any() and found["w_up"][1].any()
 
 
-@pytest.mark.parametrize("precision", ["fp8_row", pytest.param("fp8_block", marks=pytest.mark.full)])
+@pytest.mark.full
+@PRECISIONS
 def test_two_runs_are_bitwise_equal_and_recomputing_changes_nothing(precision):
     first = run(TINY, precision, ours)
     for again in (run(TINY, precision, ours), run(replace(TINY, recompute="hidden"), precision, ours)):
@@ -292,3 +297,70 @@ def test_the_ffn_in_the_type_of_gfx942(precision, monkeypatch):
     monkeypatch.setattr(low, "fp8_dtype", lambda target: FNUZ)
     monkeypatch.setattr(reference.rounded, "__kwdefaults__", {"weight": False, "dtype": FNUZ})
     test_the_ffn_errs_as_rounded_operands_do(SMALL, precision)
+
+
+BUGS = {
+    "values are cut instead of rounded": ("quantize.py", "bits + 0x7FFFF + ((bits >> 20) & 1)", "bits"),
+    "the scale of the weight is forgotten": (
+        "product.py",
+        "acc *= a_scale[:, None] * b_scale[None, :]",
+        "acc *= a_scale[:, None]",
+    ),
+    "every block has the first block's scale": ("product.py", "block = start // SCALE_BLOCK", "block = 0"),
+    "every segment is the first": (
+        "product.py",
+        "b_ptr += (expert * SEGMENTS + segment) * (N * K)",
+        "b_ptr += expert * SEGMENTS * (N * K)",
+    ),
+    "dgate is not weighted": ("activation.py", "dgate * weight[:, None]", "dgate"),
+    "ds is of the weighted hidden rows": (
+        "activation.py",
+        "dweight = tl.sum(dhidden * hidden, axis=1)",
+        "dweight = tl.sum(dhidden * hidden * weight[:, None], axis=1)",
+    ),
+    "dgate is scaled by its own maximum, and the scale is dup's": (
+        "activation.py",
+        "            largest = tl.maximum(largest, tl.max(magnitude(dgate), axis=1))\n        largest = tl.maximum(largest,",
+        "            pass\n        largest = tl.maximum(largest,",
+    ),
+    "the second weight of a sum is the first again": (
+        "quantize.py",
+        "            sources[-1],\n",
+        "            sources[0],\n",
+    ),
+}
+
+
+@pytest.fixture
+def check_copy(tmp_path, monkeypatch):
+    """Run the criterion above with a copy of the package's operator, with one replacement made in one of its files."""
+
+    def run_copy(name: str, file: str = "", old: str = "", new: str = "") -> None:
+        (tmp_path / name).mkdir()
+        for path in Path(low.__file__).parent.glob("*.py"):
+            text = path.read_text().replace("moe_triton.low_precision", name).replace("moe_triton::", f"{name}::")
+            if path.name == file:
+                assert old in text, f"{file} has no {old!r} any more"
+                text = text.replace(old, new)
+            (tmp_path / name / path.name).write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setattr(ffn, "fp8_ffn", importlib.import_module(name).fp8_ffn)
+        for precision in FORMATS:
+            test_the_ffn_errs_as_rounded_operands_do(SMALL, precision)
+
+    yield run_copy
+    for module in [module for module in sys.modules if module.startswith("low_mutant")]:
+        del sys.modules[module]
+
+
+@pytest.mark.full
+def test_an_unchanged_copy_passes(check_copy):
+    check_copy("low_mutant")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("index", range(len(BUGS)), ids=list(BUGS))
+def test_a_bug_is_noticed(check_copy, index):
+    with pytest.raises((AssertionError, InterpreterError)) as caught:
+        check_copy(f"low_mutant_{index}", *list(BUGS.values())[index])
+    assert "any more" not in str(caught.value)
