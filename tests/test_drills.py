@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from drills.cases import faults, healthy
-from drills.run import Outcome, drill, plan
+from drills.run import Outcome, diagnose_again, drill, plan
 from drills.sizes import HELD_OUT_SIZE, SIZES, TUNING_SIZES
 from drills.tables import BEGIN, END, alarmed, named_first, threshold_table, write_tables
 
@@ -23,6 +23,10 @@ def test_half_the_experts_dropped_midway_are_named_with_their_step(tmp_path, cac
     assert named_first(outcome)
     assert outcome.layers == [0, 1]
     assert outcome.delay is not None and outcome.delay <= 30
+    again = diagnose_again("half", faults()["half the experts dropped midway"], "small", 1, tmp_path / "run")
+    assert (again.named, again.alarms) == (outcome.named, outcome.alarms), (
+        "rows alone give the same alarms at the same steps"
+    )
 
 
 def test_a_healthy_run_is_not_alarmed_and_its_router_earns_its_keep(tmp_path, cache):

@@ -67,7 +67,7 @@ def dead(history: History) -> list[Finding]:
     at_once = False
     for layer, rows in sorted(history.routing.items()):
         gone, since = _cut_off(history.settled(rows))
-        idle = gone or _idle(history.settled(rows), history.lasting(rows))
+        idle = gone or _idle(history.settled(rows), 2 * history.lasting(rows))
         if not idle:
             continue
         at_once |= bool(gone)

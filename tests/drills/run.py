@@ -15,13 +15,14 @@ from pathlib import Path
 from moe.analysis.doctor import examine
 from moe.config.load import load
 from moe.train import train
+from moe.train.alarms import Alarms
 
 from .cases import Case, faults, healthy
 from .sizes import HELD_OUT_SIZE, base
 from .tables import write_tables
 
 JUDGED_SEEDS, TUNING_SEED = (1, 2), 0
-HELD_OUT_SEEDS = (3,)
+HELD_OUT_SEEDS = (4,)
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,36 @@ def drill(name: str, case: Case, size: str, seed: int, folder: Path, cache: Path
     started = time.perf_counter()
     with case.injected():
         train(run, folder)
-    seconds = time.perf_counter() - started
+    alarms = [(row["step"], row["cause"]) for row in read_rows(folder / "alarms.jsonl")]
+    return outcome_of(name, case, size, seed, folder, alarms, time.perf_counter() - started)
+
+
+def diagnose_again(name: str, case: Case, size: str, seed: int, folder: Path) -> Outcome:
+    """What today's rules say of a run that was trained before: its rows in the order and at the steps they were looked at."""
+    alarms, raised = Alarms(load(folder / "run.json"), folder, 0), []
+    rows = {name: read_rows(folder / f"{name}.jsonl") for name in ("metrics", "routing", "health")}
+    for step in (row["step"] for row in rows["metrics"]):
+        for log in ("metrics", "routing", "health"):
+            here = [row for row in rows[log] if row["step"] == step]
+            for row in here:
+                alarms.add(log, row)
+            if here and (log == "health" or (log == "routing" and alarms.due(step))):
+                raised += [(step, finding.cause) for finding in alarms.look(step)]
+    return outcome_of(name, case, size, seed, folder, raised, 0.0)
+
+
+def outcome_of(
+    name: str, case: Case, size: str, seed: int, folder: Path, alarms: list[tuple[int, str]], seconds: float
+) -> Outcome:
+    """A run's outcome, with the diagnosis at its end."""
     _, findings = examine(folder)
-    lines = (folder / "alarms.jsonl").read_text().splitlines()
-    alarms = [(row["step"], row["cause"]) for row in map(json.loads, lines)]
     layers = list(findings[0].layers) if findings else []
     return Outcome(name, case.cause, size, seed, [f.cause for f in findings], alarms, layers, case.since, seconds)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Lines of a log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def plan(seeds: list[int]) -> list[tuple[str, str, int]]:
@@ -85,10 +110,13 @@ def main() -> int:
     parser.add_argument(
         "--write", type=Path, help="markdown file whose drills section is replaced, e.g. docs/doctor.md"
     )
+    parser.add_argument("--again", action="store_true", help="let the doctor read the kept folders of --out again")
     parser.add_argument("--keep", action="store_true", help="keep the runs' folders")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     store = options.out / "outcomes.jsonl"
+    if options.again:
+        store.unlink(missing_ok=True)
     done = {(o.case, o.size, o.seed): o for o in read_outcomes(store)}
     for name, size, seed in plan([int(seed) for seed in options.seeds.split(",")]):
         kind = "held-out" if size == HELD_OUT_SIZE else "tuning"
@@ -96,13 +124,16 @@ def main() -> int:
             continue
         if (name, size, seed) not in done:
             folder = options.out / f"{name.replace(' ', '-').replace(',', '')}-{size}-{seed}"
-            shutil.rmtree(folder, ignore_errors=True)
             case = {**faults(), **healthy()}[name]
-            outcome = drill(name, case, size, seed, folder, options.out / "cache")
+            if options.again and (folder / "summary.json").is_file():
+                outcome = diagnose_again(name, case, size, seed, folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                outcome = drill(name, case, size, seed, folder, options.out / "cache")
             done[name, size, seed] = outcome
             with store.open("a") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
-            if not options.keep:
+            if not options.keep and not options.again:
                 shutil.rmtree(folder)
         o = done[name, size, seed]
         print(

@@ -11,7 +11,7 @@ HELD_OUT_SIZE = "held-out"
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"dim": 32, "layers": 2, "experts": 8, "top_k": 2, "hidden": 32, "rows": 16},
     "wide": {"dim": 32, "layers": 3, "experts": 16, "top_k": 2, "hidden": 24, "rows": 16},
-    "held-out": {"dim": 48, "layers": 4, "experts": 12, "top_k": 3, "hidden": 16, "rows": 12},
+    "held-out": {"dim": 40, "layers": 3, "experts": 10, "top_k": 2, "hidden": 20, "rows": 14},
 }
 STEPS = 120
 SEQUENCE = 64
