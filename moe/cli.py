@@ -22,6 +22,16 @@ RecipeArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[A.B.C=VALUE]...", help="settings to change, e.g. train.steps=100")
 ]
+CurvesArgument = Annotated[Path, typer.Argument(metavar="CSV", help="loss curves, plain or gzip: docs/forecast.md")]
+LossOption = Annotated[str, typer.Option(metavar="COLUMN", help="column with the loss, nats per token")]
+TopKOption = Annotated[float, typer.Option(help="use the sparse runs with this k")]
+FrequencyOption = Annotated[float, typer.Option(help="use the sparse runs with this share of sparse layers")]
+ConfidenceOption = Annotated[float, typer.Option(min=0.5, max=0.99, help="of the intervals")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of words")]
+forecast = typer.Typer(help="Predict a sparse run's final gain over dense from its first per cent.")
+ladder = typer.Typer(help="Predict the gain over dense at a size that has not been trained, from smaller ones.")
+app.add_typer(forecast, name="forecast")
+app.add_typer(ladder, name="ladder")
 # Typer's usage errors all derive from this class, whichever module it keeps them in.
 UsageError: Any = typer.BadParameter.__bases__[0]
 
@@ -113,6 +123,56 @@ def doctor(
         typer.echo(analysis.report(history, findings))
     if findings:
         raise typer.Exit(1)
+
+
+@forecast.command("backtest")
+def forecast_backtest(
+    curves: CurvesArgument,
+    hold_out: Annotated[str, typer.Option(metavar="SIZE|all", help="model_size_label to predict, or each in turn")],
+    anchor: Annotated[float, typer.Option(help="share of training after which to predict")] = 0.08,
+    fit_on: Annotated[str, typer.Option(metavar="others|smaller", help="sizes to learn from")] = "others",
+    confidence: ConfidenceOption = 0.9,
+    false_alarm_rate: Annotated[float, typer.Option(min=0.001, max=0.5, help="of the alarm, per whole run")] = 0.05,
+    loss: LossOption = "loss_validation",
+    top_k: TopKOption = 1,
+    routing_frequency: FrequencyOption = 0.5,
+    json: JsonOption = False,
+) -> None:
+    """Hold a model size out of a file of loss curves, forecast its runs' final gains from the others, and score that."""
+    module, found = import_module("moe.analysis.forecast_backtest"), import_module("moe.analysis.curves")
+    runs = found.gains(found.read_curves(curves, loss=loss, top_k=top_k, routing_frequency=routing_frequency), anchor)
+    result = module.backtest(runs, hold_out, fit_on=fit_on, confidence=confidence, false_alarm_rate=false_alarm_rate)
+    _print(result, module.describe, json)
+
+
+@ladder.command("backtest")
+def ladder_backtest(
+    curves: CurvesArgument,
+    target: Annotated[str, typer.Option(metavar="SIZE", help="model_size_label to predict from all smaller ones")],
+    confidence: ConfidenceOption = 0.9,
+    loss: LossOption = "loss_validation",
+    top_k: TopKOption = 1,
+    routing_frequency: FrequencyOption = 0.5,
+    json: JsonOption = False,
+) -> None:
+    """Predict a size's final gains from the smaller sizes in a file of loss curves, with and without their optimism."""
+    module, found = import_module("moe.analysis.ladder"), import_module("moe.analysis.curves")
+    runs = found.final_gains(found.read_curves(curves, loss=loss, top_k=top_k, routing_frequency=routing_frequency))
+    _print(module.backtest(runs, target, confidence=confidence), module.describe, json)
+
+
+@ladder.command("fit")
+def ladder_fit(
+    curves: CurvesArgument,
+    loss: LossOption = "loss_validation",
+    top_k: TopKOption = 1,
+    routing_frequency: FrequencyOption = 0.5,
+    json: JsonOption = False,
+) -> None:
+    """Fit the routed scaling law to each router in a file of loss curves, and the power law to its dense runs."""
+    module, found = import_module("moe.analysis.ladder"), import_module("moe.analysis.curves")
+    result = module.fit_laws(found.read_curves(curves, loss=loss, top_k=top_k, routing_frequency=routing_frequency))
+    _print(result, module.describe_laws, json)
 
 
 @app.command()
@@ -220,6 +280,14 @@ def learning_rates(text: str) -> list[float]:
             f"--lr-grid ({text!r}) must be positive numbers with commas between: e.g. --lr-grid 1e-3,3e-3"
         )
     return rates
+
+
+def _print(result: Any, describe: Any, json: bool) -> None:
+    """A result as one JSON object, or in words."""
+    if json:
+        typer.echo(import_module("json").dumps(_lazy("moe.analysis.summaries", "finite")(result), indent=1))
+    else:
+        typer.echo(describe(result))
 
 
 def _lazy(module: str, name: str) -> Any:
