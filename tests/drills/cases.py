@@ -30,6 +30,7 @@ class Case:
     cause: str | None
     """The finding that must be first; None for a healthy run."""
     overrides: tuple[str, ...] = ()
+    """Settings; HALF stands for half the rows of a batch."""
     change: Change | None = None
     patches: Callable[[], list[Any]] = list
     """Patches that hold during the run."""
@@ -221,6 +222,6 @@ def healthy() -> dict[str, Case]:
             ),
         ),
         "topk with padded rows, accumulated": Case(
-            None, ("train.micro_rows=8",), patches=lambda: [padded_corpus()], size="wide"
+            None, ("train.micro_rows=HALF",), patches=lambda: [padded_corpus()], size="wide"
         ),
     }

@@ -18,7 +18,7 @@ from moe.train import train
 from moe.train.alarms import Alarms
 
 from .cases import Case, faults, healthy
-from .sizes import HELD_OUT_SIZE, base
+from .sizes import HELD_OUT_SIZE, SIZES, base
 from .tables import write_tables
 
 JUDGED_SEEDS, TUNING_SEED = (1, 2), 0
@@ -52,7 +52,8 @@ class Outcome:
 
 def drill(name: str, case: Case, size: str, seed: int, folder: Path, cache: Path) -> Outcome:
     """Train one run with its fault and let the doctor read it."""
-    run = load(base(size, seed, cache), case.overrides)
+    half = str(SIZES[size]["rows"] // 2)
+    run = load(base(size, seed, cache), [text.replace("HALF", half) for text in case.overrides])
     started = time.perf_counter()
     with case.injected():
         train(run, folder)
