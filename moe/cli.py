@@ -145,6 +145,28 @@ def forecast_backtest(
     _print(result, module.describe, json)
 
 
+@forecast.command("run")
+def forecast_run(
+    sparse: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a sparse run, finished or not")],
+    dense: Annotated[Path, typer.Option(metavar="DIR", help="folder of its dense twin")],
+    past: Annotated[Path, typer.Option(metavar="CSV", help="loss curves of finished runs to learn from")],
+    anchor: Annotated[float, typer.Option(help="share of training after which to predict")] = 0.08,
+    confidence: ConfidenceOption = 0.9,
+    false_alarm_rate: Annotated[float, typer.Option(min=0.001, max=0.5, help="of the alarm, per whole run")] = 0.05,
+    loss: LossOption = "loss_validation",
+    top_k: TopKOption = 1,
+    routing_frequency: FrequencyOption = 0.5,
+    json: JsonOption = False,
+) -> None:
+    """Forecast a run's final gain over its dense twin, learnt from past runs; exit code 1 if it has fallen behind."""
+    module, found = import_module("moe.analysis.forecast_run"), import_module("moe.analysis.curves")
+    runs = found.gains(found.read_curves(past, loss=loss, top_k=top_k, routing_frequency=routing_frequency), anchor)
+    result = module.forecast_run(sparse, dense, runs, confidence=confidence, false_alarm_rate=false_alarm_rate)
+    _print(result, module.describe, json)
+    if result["alarm"] is not None:
+        raise typer.Exit(1)
+
+
 @ladder.command("backtest")
 def ladder_backtest(
     curves: CurvesArgument,
