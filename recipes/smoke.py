@@ -36,7 +36,7 @@ def run() -> Run:
             batch_rows=16,
             micro_rows=16,
             optimizer=AdamW(lr=3e-3),
-            schedule=Cosine(warmup_steps=5),
+            schedule=Cosine(warmup_steps=4),
         ),
         evaluation=Evaluation(every_steps=20, rows=32, final_rows=64),
         logging=Logging(routing_every=5),

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-FIVE_STEPS = ("train.steps=5", "train.schedule.warmup_steps=1")
+FIVE_STEPS = ("train.steps=5",)
 
 
 def moe_train(*overrides: str, interpret: bool) -> subprocess.CompletedProcess:
