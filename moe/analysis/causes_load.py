@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moe.analysis.finding import Finding, LayerTrouble, Sure, lasting, name_layers, troubled
+from moe.analysis.finding import Finding, LayerTrouble, lasting, name_layers, of_layers, troubled
 from moe.analysis.history import History
 from moe.analysis.rows import Json
 from moe.analysis.thresholds import limit
@@ -28,11 +28,9 @@ def collapse(history: History) -> list[Finding]:
     worst = min(found, key=lambda one: one.value)
     weight = balance_weight(history)
     return [
-        Finding(
-            cause="collapse",
-            layers=layers_of(found),
-            since=since_of(found),
-            sure=surest(found),
+        of_layers(
+            "collapse",
+            found,
             what=(
                 f"{where(history, found)} collapsed onto {worst.value * E:.1f} of {E} experts"
                 + (f" (layer {worst.layer} is the worst)" if len(found) > 1 else "")
@@ -82,11 +80,9 @@ def dead(history: History) -> list[Finding]:
         return []
     names = "; ".join(f"layer {layer}: {listed(who[layer])}" for layer in list(who)[:4])
     return [
-        Finding(
-            cause="dead",
-            layers=layers_of(found),
-            since=since_of(found),
-            sure=surest(found),
+        of_layers(
+            "dead",
+            found,
             what=(
                 f"{sum(map(len, who.values()))} expert(s) get less than 1 % of a balanced load ({names})"
                 + (", from one logged step to the next" if at_once else "")
@@ -145,11 +141,9 @@ def starvation(history: History) -> list[Finding]:
     rows = history.config["train"]["batch_rows"]
     factor = -(-limit("tokens_per_expert") * 2 // max(least.value, 1e-9))
     return [
-        Finding(
-            cause="starvation",
-            layers=layers_of(found),
-            since=since_of(found),
-            sure=surest(found),
+        of_layers(
+            "starvation",
+            found,
             what=f"an expert sees {least.value:.1f} tokens per step on average ({where(history, found)})",
             why=(
                 f"the batch is too small for {experts(history)} experts: below about {limit('tokens_per_expert'):.0f} tokens "
@@ -170,11 +164,9 @@ def drops(history: History) -> list[Finding]:
     worst = max(found, key=lambda one: one.value)
     factor = router_of(history).get("capacity_factor")
     return [
-        Finding(
-            cause="drops",
-            layers=layers_of(found),
-            since=since_of(found),
-            sure=surest(found),
+        of_layers(
+            "drops",
+            found,
             what=f"{worst.value:.0%} of the rows are dropped in layer {worst.layer} ({where(history, found)})",
             why=f"capacity_factor={factor} leaves an expert room for that multiple of a balanced load in each batch row",
             change="model.moe.router.capacity_factor=0 (dropless), or 2",
@@ -196,10 +188,9 @@ def padding_counted(history: History) -> list[Finding]:
         return []
     worst = max(found, key=lambda one: one.value)
     return [
-        Finding(
-            cause="padding_counted",
-            layers=layers_of(found),
-            since=since_of(found),
+        of_layers(
+            "padding_counted",
+            found,
             sure="certain",
             what=f"the routers count {worst.value:.0%} more tokens than the step has ({where(history, found)})",
             why="padding is routed and counted as load, so balance is sought for tokens that carry no text",
@@ -211,25 +202,9 @@ def padding_counted(history: History) -> list[Finding]:
 # ------------------------------------------------------------------------------------------------------ shared words
 
 
-def layers_of(found: Sequence[LayerTrouble]) -> tuple[int, ...]:
-    """Their layers."""
-    return tuple(one.layer for one in found)
-
-
-def since_of(found: Sequence[LayerTrouble]) -> int:
-    """The step of the first layer."""
-    return min(one.since for one in found)
-
-
-def surest(found: Sequence[LayerTrouble]) -> Sure:
-    """The best established of them."""
-    order: tuple[Sure, ...] = ("certain", "likely", "possible")
-    return next(sure for sure in order if any(one.sure == sure for one in found))
-
-
 def where(history: History, found: Sequence[LayerTrouble]) -> str:
     """Their layers in words."""
-    return name_layers(layers_of(found), len(history.routing))
+    return name_layers(tuple(one.layer for one in found), len(history.routing))
 
 
 def experts(history: History) -> int:

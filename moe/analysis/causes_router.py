@@ -5,13 +5,10 @@ from statistics import fmean
 from moe.analysis.causes_load import (
     balance_weight,
     last_value,
-    layers_of,
     listed,
-    since_of,
-    surest,
     where,
 )
-from moe.analysis.finding import Finding, LayerTrouble, how_sure, lasting, name_layers, troubled
+from moe.analysis.finding import Finding, LayerTrouble, how_sure, lasting, name_layers, of_layers, troubled
 from moe.analysis.history import History
 from moe.analysis.rows import Json
 from moe.analysis.thresholds import limit
@@ -23,11 +20,9 @@ def router_frozen(history: History) -> list[Finding]:
     if not found:
         return []
     return [
-        Finding(
-            cause="router_frozen",
-            layers=layers_of(found),
-            since=since_of(found),
-            sure=surest(found),
+        of_layers(
+            "router_frozen",
+            found,
             what=f"the router of {where(history, found)} does not move",
             why="its weights are the same after a step as before it: they get no gradient, or no optimizer step",
             change="check that the router's weights are in the optimizer and that its gate passes a gradient "
@@ -45,11 +40,9 @@ def rows_aligned(history: History) -> list[Finding]:
     worst = max(found, key=lambda one: one.value)
     entropy = last_value(history.routing[worst.layer], "router_entropy") or 0.0
     return [
-        Finding(
-            cause="rows_aligned",
-            layers=layers_of(found),
-            since=since_of(found),
-            sure=surest(found),
+        of_layers(
+            "rows_aligned",
+            found,
             what=(
                 f"the router rows of {where(history, found)} are aligned: mean cosine {worst.value:.2f} "
                 f"(chance: ±{worst.row.get('row_cosine_floor', 0):.2f})"
@@ -78,11 +71,9 @@ def utility_dead(history: History) -> list[Finding]:
         return []
     names = "; ".join(f"layer {layer}: {listed(who[layer])}" for layer in list(who)[:4])
     return [
-        Finding(
-            cause="utility_dead",
-            layers=layers_of(found),
-            since=since_of(found),
-            sure=surest(found),
+        of_layers(
+            "utility_dead",
+            found,
             what=f"expert(s) whose load looks fine contribute nothing ({names}): output below {limit('utility'):.0%} of the median",
             why="the load is balanced by force while their output weights have gone to zero; no load metric can show it",
             change="draw these experts' output weights again from their layer's others, and lower the balance weight",
@@ -117,11 +108,9 @@ def redundancy(history: History) -> list[Finding]:
         else f"experts {i} and {j} alike: cosine {worst.value:.3f}"
     )
     return [
-        Finding(
-            cause="redundancy",
-            layers=layers_of(found or pairs),
-            since=since_of(found or pairs),
-            sure=surest(found or pairs),
+        of_layers(
+            "redundancy",
+            found or pairs,
             what=f"{where(history, found or pairs)}: {alike} of their outputs for the same tokens",
             why="experts that start equal, are tied, or see the same tokens learn the same: more parameters, no more capacity",
             change="draw the experts' weights apart (also after upcycling), fewer or wider experts, a lower balance weight",
@@ -148,11 +137,9 @@ def rounding(history: History) -> list[Finding]:
     worst = max(found, key=lambda one: one.value)
     largest = last_value(history.routing.get(worst.layer, []), "logit_max") or 0.0
     return [
-        Finding(
-            cause="precision",
-            layers=layers_of(found),
-            since=since_of(found),
-            sure=surest(found),
+        of_layers(
+            "precision",
+            found,
             what=f"{worst.value:.1%} of the choices of layer {worst.layer} would differ in float64 ({where(history, found)})",
             why=f"the logits reach {largest:.3g}, and the router computes them too coarsely (bfloat16 keeps 8 bits)",
             change="compute router logits in float32; a z-loss (model.moe.router.z_weight=0.001) keeps them small",
@@ -180,11 +167,9 @@ def logit_growth(history: History) -> list[Finding]:
         return []
     worst = max(found, key=lambda one: one.value)
     return [
-        Finding(
-            cause="logit_growth",
-            layers=layers_of(found),
-            since=since_of(found),
-            sure=surest(found),
+        of_layers(
+            "logit_growth",
+            found,
             what=f"router logits of {where(history, found)} grow: {worst.value:.1f} times in half the run, up to "
             f"{worst.row['logit_max']:.0f}",
             why="nothing holds them: scores saturate, and the router stops learning",
@@ -206,11 +191,9 @@ def churn(history: History) -> list[Finding]:
         return []
     worst = max(found, key=lambda one: one.value)
     return [
-        Finding(
-            cause="churn",
-            layers=layers_of(found),
-            since=since_of(found),
-            sure=surest(found),
+        of_layers(
+            "churn",
+            found,
             what=f"{worst.row['churn']:.0%} of the choices of layer {worst.layer} change from one evaluation to the next "
             f"(random routing: {worst.row['churn_by_chance']:.0%})",
             why="the routing does not settle, so no expert can specialise",
@@ -227,11 +210,9 @@ def balance_dominates(history: History) -> list[Finding]:
         return _over_constrained(history, late)
     worst = max(found, key=lambda one: one.value)
     return [
-        Finding(
-            cause="balance_dominates",
-            layers=layers_of(found),
-            since=since_of(found),
-            sure=surest(found),
+        of_layers(
+            "balance_dominates",
+            found,
             what=f"the balance loss's gradient at the router of layer {worst.layer} is {worst.value:.3g} times the language "
             f"model's ({where(history, found)})",
             why=f"its weight {balance_weight(history)} outweighs what the experts' outputs could teach the router",
@@ -251,10 +232,9 @@ def _over_constrained(history: History, late: dict[int, list[Json]]) -> list[Fin
         return []
     worst = max(at_floor, key=lambda one: one.value)
     return [
-        Finding(
-            cause="over_constrained",
-            layers=layers_of(at_floor),
-            since=since_of(at_floor),
+        of_layers(
+            "over_constrained",
+            at_floor,
             sure="possible",
             what=f"{where(history, at_floor)}: the load is as even as chance allows, and the balance loss still pulls "
             f"{worst.value:.2g} times as hard as the language model",

@@ -111,3 +111,13 @@ def name_layers(layers: Sequence[int], total: int) -> str:
         return f"all {total} expert layers"
     names = [str(layer) for layer in layers]
     return f"layer {names[0]}" if len(names) == 1 else f"layers {', '.join(names[:-1])} and {names[-1]}"
+
+
+def of_layers(
+    cause: str, found: Sequence[LayerTrouble], *, what: str, why: str, change: str, sure: Sure | None = None
+) -> Finding:
+    """The finding about layers that meet a condition: since the first of them did, as sure as the best established."""
+    order: tuple[Sure, ...] = ("certain", "likely", "possible")
+    best: Sure = next(level for level in order if any(one.sure == level for one in found))
+    layers, since = tuple(one.layer for one in found), min(one.since for one in found)
+    return Finding(cause=cause, layers=layers, since=since, sure=sure or best, what=what, why=why, change=change)
