@@ -224,6 +224,23 @@ def export(
     typer.echo(f"step {step} as {chosen}: {out}")
 
 
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a model in transformers' format")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the run")],
+    overrides: OverridesArgument = None,
+    recipe: Annotated[
+        str, typer.Option(metavar="RECIPE", help="data and training settings; small defaults without")
+    ] = "",
+) -> None:
+    """Make a run that starts from a model of others, to resume, evaluate, prune or export."""
+    notices: list[str] = []
+    run = _lazy("moe.hf", "import_model")(folder, out, recipe=recipe, overrides=overrides or [], notices=notices)
+    for notice in notices:
+        typer.echo(notice)
+    typer.echo(f"{run.name}: step 0 in {out}; 'moe resume {out}' trains it for {run.train.steps} steps")
+
+
 @app.command()
 def generate(
     folder: Annotated[

@@ -22,6 +22,7 @@ LAYERS = (
     ("moe.cli",),
     ("moe.experiments", "moe.show", "moe.profile", "moe.generate"),
     ("moe.hf",),
+    ("moe.surgery",),
     ("moe.train",),
     ("moe.analysis", "moe.data", "moe.optim", "moe.checkpoint"),
     ("moe.metrics",),

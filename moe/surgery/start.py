@@ -1,0 +1,119 @@
+"""A run folder that starts from given weights: run.json and a checkpoint of step 0, for `moe resume` to go on from.
+
+The optimizer of that checkpoint is as fresh as that of a new run: every average zero, no step counted.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe import checkpoint, parallel
+from moe.config.load import dump, load
+from moe.config.schema import Run
+from moe.data import prepare
+from moe.errors import CheckpointError, ConfigError, UserError
+from moe.experts import resolve_backend
+from moe.files import write_json
+from moe.init import materialise
+from moe.model import Transformer
+from moe.optim import build_optimizer
+from moe.train import record
+
+ORIGIN = "origin.json"
+"""What a run that starts from given weights was made from, in its folder."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained run, read: its settings, its newest checkpoint's step, and every tensor of its model by name."""
+
+    folder: Path
+    run: Run
+    step: int
+    tensors: dict[str, Tensor]
+
+    def model(self) -> Transformer:
+        """The model on the CPU in float32, in evaluation mode."""
+        return model_of(self.run, self.tensors)
+
+
+def read_run(folder: Path) -> Source:
+    """Read a run's newest checkpoint. Raises UserError where there is none."""
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder} holds no run.json: give the folder of a run ('moe import' makes one from an export)")
+    run, saved = load(folder / "run.json"), checkpoint.newest(folder)
+    if saved is None:
+        raise CheckpointError(f"{folder} has no checkpoint: train it until it saves one")
+    return Source(folder, run, saved.step, checkpoint.read_tensors(saved, checkpoint.stored_names(saved)))
+
+
+def model_of(run: Run, tensors: Mapping[str, Tensor]) -> Transformer:
+    """A run's model with these tensors, on the CPU, in evaluation mode. Raises CheckpointError listing what does not fit."""
+    with torch.device("meta"):
+        model = Transformer(run.model, seed=run.seed)
+    materialise(model, torch.device("cpu"))
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name))
+    if wrong:
+        lines = "; ".join(f"{name}: given {given.get(name)}, model {wanted.get(name)}" for name in wrong[:5])
+        raise CheckpointError(f"{len(wrong)} tensors do not fit the model ({lines}): nothing was written")
+    model.load_state_dict(dict(tensors))
+    return model.eval()
+
+
+def begin_run(
+    out: Path,
+    run: Run,
+    tensors: Mapping[str, Tensor],
+    origin: Mapping[str, Any],
+    *,
+    fill: Callable[[Path], object] = lambda folder: None,
+) -> Path:
+    """Write a run folder that starts from `tensors`, the whole state of the run's model; returns the folder.
+
+    `origin` says what it was made from and goes into origin.json; `fill` writes what the run's data needs into the folder
+    before they are prepared. Raises ConfigError for a folder that is not free,
+    DataError for the corpus, CheckpointError for tensors that do not fit; then nothing is left behind.
+    """
+    model = model_of(run, tensors)
+    record.claim_folder(out)
+    try:
+        fill(out)
+        corpus = prepare(run.data)
+        if corpus.vocab_size > run.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size ({run.model.vocab_size}) must be at least the tokenizer's vocabulary "
+                f"({corpus.vocab_size}): choose the tokenizer that the model was trained with"
+            )
+        ranks = parallel.start("cpu")
+        backend = resolve_backend(run.model.moe.backend) if run.model.moe is not None else "none"
+        record.write_run(out, run, ranks, backend, corpus.fingerprint)
+        write_json(out / ORIGIN, dict(origin))
+        optimizer = build_optimizer(model, run.train.optimizer)
+        _fill_state(optimizer)
+        meta = {"run": dump(run), "tokens": 0, "world_size": 1, "threads": torch.get_num_threads()}
+        checkpoint.save(out, 0, model, optimizer, meta, ranks)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return out
+
+
+def _fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer that has not stepped the state that a fresh one computes with: zeros."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
