@@ -241,6 +241,27 @@ def import_(
     typer.echo(f"{run.name}: step 0 in {out}; 'moe resume {out}' trains it for {run.train.steps} steps")
 
 
+@app.command("eval")
+def evaluate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="folder of a run, or of a model in transformers' format")
+    ],
+    overrides: OverridesArgument = None,
+    rows: Annotated[int, typer.Option(min=2, help="validation rows to read")] = 256,
+    recipe: Annotated[str, typer.Option(metavar="RECIPE", help="take the text from here; needed for an export")] = "",
+    tasks: Annotated[str, typer.Option(metavar="TASK,TASK", help="tasks of lm-evaluation-harness, or 'offline'")] = "",
+    json: JsonOption = False,
+) -> None:
+    """Perplexity and bits per byte on validation text, whole and by source; or tasks of lm-evaluation-harness."""
+    if tasks:
+        module = import_module("moe.evaluation.harness")
+        result = module.run_tasks(folder, tasks.split(","), limit=rows)
+    else:
+        module = import_module("moe.evaluation.perplexity")
+        result = module.evaluate_folder(folder, rows=rows, recipe=recipe, overrides=overrides or [])
+    _print(result, module.describe, json)
+
+
 @app.command()
 def generate(
     folder: Annotated[
@@ -258,7 +279,7 @@ def generate(
     """Continue a text, as it is written."""
     module = import_module("moe.generate")
     sampling = module.Sampling(temperature=temperature, top_p=top_p)
-    opened = module.open_model(folder)
+    opened = _lazy("moe.opened", "open_model")(folder)
     several = len(prompt) > 1
     if not several and not show_routing:
         typer.echo(prompt[0], nl=False)

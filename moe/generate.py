@@ -5,17 +5,14 @@ A model comes from a run's folder or from one in transformers' format; its token
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moe import checkpoint
 from moe.attention import KeyValue
-from moe.config.load import load as load_run
-from moe.data import prepare
-from moe.errors import CheckpointError, ConfigError, UserError
+from moe.errors import ConfigError, UserError
 from moe.model import LayerRouting, Transformer
+from moe.opened import Opened
 
 
 @dataclass(frozen=True)
@@ -42,48 +39,6 @@ class Step:
     """Ids, int64, on the CPU; after a row's end, the end again."""
     experts_BLK: list[dict[int, list[int]]]
     """For every row, by block index, the experts that its last token went to: the token that token_B was drawn from."""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A model with its tokenizer."""
-
-    model: Transformer
-    encode: Callable[[str], list[int]]
-    decode: Callable[[Sequence[int]], str]
-    end: int | None
-    """Id that ends a text."""
-
-
-def open_model(folder: Path) -> Opened:
-    """Open a run's newest checkpoint, or a model in transformers' format, on the CPU in float32."""
-    if (folder / "run.json").is_file():
-        return _open_run(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds neither run.json nor config.json: name a run's folder, or a model's")
-    from transformers import AutoTokenizer
-
-    from moe import hf
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Opened(
-        hf.load(folder),
-        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-        lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-        tokenizer.eos_token_id,
-    )
-
-
-def _open_run(folder: Path) -> Opened:
-    run, saved = load_run(folder / "run.json"), checkpoint.newest(folder)
-    if saved is None:
-        raise CheckpointError(f"{folder} has no checkpoint: train it until it saves one")
-    model = Transformer(run.model, seed=run.seed)
-    model.load_state_dict(checkpoint.read_tensors(saved, model.state_dict()))
-    tokenizer = prepare(run.data).tokenizer
-    return Opened(
-        model.eval(), lambda text: tokenizer.encode([text])[0].tolist(), tokenizer.decode, tokenizer.separator
-    )
 
 
 def next_token(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

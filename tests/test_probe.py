@@ -9,9 +9,10 @@ import torch
 from drills.cases import Case, tied
 from scipy import stats
 
+from moe.analysis.paired import ratio_interval
 from moe.cli import main
 from moe.data import prepare
-from moe.experiments.probe import Bench, _drop, _send, probe, ratio_interval
+from moe.experiments.probe import Bench, _drop, _send, probe
 from moe.model import Transformer
 from moe.routing import Routing, Selection, Tokens
 from moe.train import train

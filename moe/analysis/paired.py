@@ -89,3 +89,13 @@ def evaluation_noise(dense: FinalRows, sparse: FinalRows, confidence: float = 0.
     error = math.sqrt(n / (n - 1) * squares) / total
     half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
     return EvaluationNoise(float(gain), float(error), half, n, float(total))
+
+
+def ratio_interval(amount_R: np.ndarray, number_R: np.ndarray) -> tuple[float, float, float]:
+    """Σ amounts / Σ numbers and its 95 % interval, rows being the independent units: a difference per token, nats per byte, ..."""
+    total, R = number_R.sum(), len(number_R)
+    mean = float(amount_R.sum() / total)
+    residual = amount_R - mean * number_R
+    error = math.sqrt(float((residual**2).sum()) * R / max(R - 1, 1)) / total
+    half = float(stats.t.ppf(0.975, max(R - 1, 1))) * error
+    return mean, mean - half, mean + half

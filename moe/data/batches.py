@@ -121,6 +121,11 @@ class Corpus:
             )
         return self._collate([self._validation_row(row) for row in rows], rows)
 
+    def validation_sources(self, rows: Sequence[int]) -> np.ndarray:
+        """The index in data.sources of each of the given validation rows, int64."""
+        numbers = [permute(row, self.num_validation_rows, VALIDATION_KEY) for row in rows]
+        return np.searchsorted(self._validation_ends, numbers, side="right")
+
     def describe(self) -> str:
         """One paragraph for the console: documents, bytes, tokens, duplicates and skips of every source."""
         tokenizer = self.manifest["tokenizer"]

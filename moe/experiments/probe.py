@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from moe import checkpoint, parallel
+from moe.analysis.paired import ratio_interval
 from moe.config.load import load
 from moe.data import Corpus, prepare
 from moe.errors import CheckpointError, UserError
@@ -190,16 +190,6 @@ class Bench:
             "mean": mean,
         }
         return fields | {"low": low, "high": high, "regret": float(regret), "better_exists": float(better)}
-
-
-def ratio_interval(difference_R: np.ndarray, number_R: np.ndarray) -> tuple[float, float, float]:
-    """Mean difference per token and its 95 % interval, rows of `number_R` tokens being the independent units."""
-    total, R = number_R.sum(), len(number_R)
-    mean = float(difference_R.sum() / total)
-    residual = difference_R - mean * number_R
-    error = math.sqrt(float((residual**2).sum()) * R / max(R - 1, 1)) / total
-    half = float(stats.t.ppf(0.975, max(R - 1, 1))) * error
-    return mean, mean - half, mean + half
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def import_model(
 def _settings(folder: Path, model: Model, recipe: str, out: Path | None) -> dict[str, Any]:
     """The plain run before overrides. `out` is the run's folder if the model brings its tokenizer."""
     run = dump(load(recipe) if recipe else _small_run(folder, model))
-    run["model"] = dump(model)
+    run["model"] = dump(model) | {"document_mask": run["model"]["document_mask"]}
     if out is not None:
         run["data"]["tokenizer"] = dump(PretrainedTokenizer(path=str((out / TOKENIZER).absolute())))
     return run
