@@ -111,7 +111,7 @@ def _parses(text: str) -> bool:
     return True
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra harness (lm-eval)")
+@pytest.mark.skipif(find_spec("lm_eval") is None or find_spec("accelerate") is None, reason="needs lm-eval[hf]")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.full
 def test_tasks_give_what_the_harness_gives_for_the_export(run_folder, tmp_path):
