@@ -20,7 +20,8 @@ LAYERS = (
     ("recipes",),
     ("moe.__main__",),
     ("moe.cli",),
-    ("moe.experiments", "moe.show", "moe.profile", "moe.generate", "moe.evaluation"),
+    ("moe.evaluation",),
+    ("moe.experiments", "moe.show", "moe.profile", "moe.generate"),
     ("moe.opened",),
     ("moe.hf",),
     ("moe.surgery",),
@@ -191,7 +192,7 @@ def test_every_imported_package_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     declared = [
         *project["dependencies"],
-        *(r for extra in ("tensorboard", "hf") for r in project["optional-dependencies"][extra]),
+        *(r for extra in ("tensorboard", "hf", "harness") for r in project["optional-dependencies"][extra]),
     ]
     names = {re.split(r"[^\w.-]", requirement)[0].replace("-", "_") for requirement in declared}
     names |= {"pydantic_core"}  # pydantic requires exactly one version of it

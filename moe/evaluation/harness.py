@@ -22,7 +22,7 @@ OFFLINE = "offline"
 def adapter(opened: Opened, max_length: int) -> Any:
     """An lm_eval.api.model.LM over the model. `max_length`: the longest text it is meant for; longer contexts lose their front."""
     _require()
-    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 
     class Adapter(TemplateLM):
         """Scores one text at a time: what is batched together never changes a figure."""
@@ -91,8 +91,8 @@ def run_tasks(folder: Path, tasks: Sequence[str], *, limit: int | None = None) -
     Raises UserError for an unknown task.
     """
     _require()
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     opened = open_model(folder)
     length = opened.run.data.sequence_length if opened.run is not None else 2048
