@@ -479,6 +479,7 @@ EFFECTS: dict[str, Effect] = {
             "train.schedule.final_fraction=1.0",
         ),
     ),
+    "checkpoint.asynchronous": Effect(calls, True, False),
     "logging.routing_every": Effect(routing_steps, 1, 2),
     "logging.console": Effect(printed, "off", "plain"),
     "logging.wandb": Effect(calls, "off", "offline"),

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from moe import checkpoint
+from moe.checkpoint import folder
 from moe.train import __main__, loop
 
 
@@ -35,5 +35,5 @@ if moment == "step":
 elif moment == "write":
     torch.save = die_at(count, torch.save)
 elif moment == "publish":
-    checkpoint._publish = die_at(count, checkpoint._publish)
+    folder.publish = die_at(count, folder.publish)
 __main__.main()

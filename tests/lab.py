@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from tiny_runs import tiny_dict
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from moe import parallel
 from moe.config.load import load
@@ -86,7 +87,7 @@ class Lab:
 
 @contextmanager
 def watching(calls: Counter[str], kept: list[int]) -> Iterator[None]:
-    """Count forward passes, backends, compilations and mirrors, and the bytes that autograd keeps."""
+    """Count forward passes, backends, compilations, mirrors and copies to save, and the bytes that autograd keeps."""
 
     def counted(name: str, function: Callable) -> Callable:
         def wrapper(*args, **kwargs):
@@ -108,6 +109,7 @@ def watching(calls: Counter[str], kept: list[int]) -> Iterator[None]:
         stack.enter_context(patch.object(Transformer, "forward", counted("forward", Transformer.forward)))
         backends = {name: counted(f"backend {name}", function) for name, function in BACKENDS.items()}
         stack.enter_context(patch.dict(BACKENDS, backends))
+        stack.enter_context(patch.object(DefaultStager, "stage", counted("copy to save", DefaultStager.stage)))
         stack.enter_context(patch("torch.compile", counted("compile", lambda model, **_: model)))
         stack.enter_context(patch.dict(sys.modules, {"wandb": SimpleNamespace(init=wandb_init)}))  # type: ignore[dict-item]
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))

@@ -400,6 +400,8 @@ class Checkpoint:
     """Newest checkpoints to keep."""
     keep_best: bool = False
     """Keep, besides, the checkpoint of lowest evaluation loss; saves after each evaluation that is a new best."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy of the state in host memory (12 bytes per parameter of a rank)."""
 
 
 @config

@@ -72,7 +72,9 @@ def resume(out: Path, overrides: Sequence[str] = ()) -> Path:
     _refuse_changes(before, run, out)
     with _ranks(run) as ranks:
         _check(run, ranks)
-        found = checkpoint.newest(out)
+        found, damaged = ranks.broadcast(
+            ranks.first_then_others(lambda: checkpoint.find(out) if ranks.first else (None, []))
+        )
         begin = found.step if found else 0
         meta = found.meta if found else {}
         if begin > run.train.steps:
@@ -88,11 +90,20 @@ def resume(out: Path, overrides: Sequence[str] = ()) -> Path:
             _announce_layout(meta, ranks, console)
         with ranks.first_then_others(lambda: record.lock(out) if ranks.first else nullcontext()):
             if ranks.first:
+                for one in damaged:
+                    console.say(_fallen_back(one, checkpoint.set_aside(one), begin))
                 record.forget_end(out)
                 write_json(out / "run.json", {**document, "run": dump(run)})
             where = f"at step {begin}" if found else "from the start, as it has no checkpoint,"
             console.say(f"resuming {out} {where} of {run.train.steps}")
             return Loop(state, out, console, begin=begin, overrides=list(overrides), meta=meta).run()
+
+
+def _fallen_back(damaged: checkpoint.Damaged, aside: Path, begin: int) -> str:
+    return (
+        f"WARNING: the checkpoint of step {damaged.step} is damaged ({damaged.reason}) and was set aside as {aside}: "
+        f"going back to step {begin}, which loses {damaged.step - begin} steps"
+    )
 
 
 def _refuse_other_text(meta: dict[str, Any], corpus: Corpus, out: Path) -> None:
@@ -260,6 +271,9 @@ class Loop:
         if self.config.logging.record_routing:
             state.recorder = Recorder(out / "replay", self.config, first_rank=self.ranks.first)
         self.log = RunLog(self.config, out, self.ranks, console, begin=begin, overrides=overrides)
+        self.saver = checkpoint.Saver(
+            out, state.model, state.optimizer, self.ranks, self.config.checkpoint, console.say
+        )
 
     def run(self) -> Path:
         """Train from `begin` to the last step; on a signal, save and stop."""
@@ -267,6 +281,11 @@ class Loop:
         try:
             with self.stop.listening():
                 status, reason, step = self._steps()
+                self.saver.finish()
+        except BaseException:
+            self.saver.abandon()
+            self.log.abandon()
+            raise
         finally:
             self.console.end()
         self.log.close(status, reason, step, tokens=self.tokens, seconds=self.seconds, skipped=self.skipped)
@@ -285,6 +304,7 @@ class Loop:
             result = train_step(self.state, step - 1, stop=self.stop, maxima=routing_step)
             self._count(result, time.perf_counter() - clock)
             self.log.step(step, result, time.perf_counter() - clock, self.tokens)
+            self.saver.look()
             if routing_step:
                 self.log.routing(step, result, router_weights(self.state.model), before)
             if self.nonfinite_in_a_row >= self.config.train.max_nonfinite_steps:
@@ -344,7 +364,5 @@ class Loop:
             "world_size": self.ranks.world_size,
             "threads": torch.get_num_threads(),
         }
-        checkpoint.save(self.out, step, self.state.model, self.state.optimizer, meta, self.ranks)
-        if self.ranks.first:
-            best = self.best["step"] if self.best is not None and self.config.checkpoint.keep_best else None
-            checkpoint.prune(self.out, self.config.checkpoint.keep_last, best)
+        best = self.best["step"] if self.best is not None and self.config.checkpoint.keep_best else None
+        self.saver.save(step, meta, best)

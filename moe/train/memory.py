@@ -51,18 +51,23 @@ def installed_bytes(device: torch.device) -> int | None:
 def require_memory(run: Run, ranks: Ranks) -> None:
     """Raise ConfigError if parameters, gradients and optimizer state alone exceed what this rank's device has.
 
-    A lower bound: activations come on top, so a run that passes may still run out.
+    On a CPU, the copy that checkpoints are written from counts too. A lower bound: activations come on top, so a run that
+    passes may still run out.
     """
     installed = installed_bytes(ranks.device)
     if installed is None:
         return
     plan = cost.memory_bytes(run)
     held = sum(plan[part] for part in ("parameters", "gradients", "optimizer"))
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks.device.type == "cpu" else 1
+    on_host = ranks.device.type == "cpu"
+    copy = plan["parameters"] + plan["optimizer"] if on_host and run.checkpoint.asynchronous else 0
+    held += copy
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
     if held * sharing > installed:
         together = f" on each of {sharing} ranks" if sharing > 1 else ""
         raise ConfigError(
             f"the parameters ({cost.parameters(run.model).total:,}), their gradients and the optimizer's state need "
             f"{held / GIB:,.1f} GiB{together}, this {ranks.device.type} has {installed / GIB:,.1f} GiB: choose a "
             "smaller model.dim, model.num_layers or model.moe.num_experts; moe show prints the plan"
+            + (f"; checkpoint.asynchronous=false needs {copy / GIB:,.1f} GiB less" if copy else "")
         )

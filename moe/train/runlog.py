@@ -161,6 +161,11 @@ class RunLog:
                 "skipped_steps": skipped,
             },
         )
-        for file in self.files.values():
-            file.close()
-        self.mirrors.close()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close everything, without a summary."""
+        if self.ranks.first:
+            for file in self.files.values():
+                file.close()
+            self.mirrors.close()

@@ -1,0 +1,100 @@
+"""Reading a checkpoint: into a model and its optimizer, or some tensors by name."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+from moe.checkpoint.content import read_index
+from moe.checkpoint.folder import Saved
+from moe.errors import CheckpointError
+from moe.parallel import Ranks
+
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Without torch's warning that there is no process group: one process without a group is what we mean."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """What a checkpoint holds, under names that do not depend on the layout; the tensors are the model's own."""
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def state_bytes(state: dict[str, dict[str, Any]]) -> int:
+    """Bytes of all tensors in their global shapes."""
+    tensors = [value for part in state.values() for value in part.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def load(saved: Saved, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
+    """Load a checkpoint into a model and its optimizer. Raises CheckpointError when names, shapes or types differ."""
+    state = state_of(model, optimizer)
+    _check_names(saved, state)
+    with one_process():
+        dcp.load(state, checkpoint_id=saved.path, process_group=ranks.patient, no_dist=ranks.world_size == 1)
+    # the checkpoint's own learning rate, decay and betas give way to the run's, which may have been changed on resume
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
+    )
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def stored_names(saved: Saved) -> list[str]:
+    """The model's parameters and buffers that a checkpoint holds."""
+    stored = read_index(saved.path).state_dict_metadata
+    return [name.removeprefix("model.") for name in stored if name.startswith("model.")]
+
+
+def read_tensors(saved: Saved, names: Iterable[str]) -> dict[str, Tensor]:
+    """Some of the model's parameters and buffers by name, on the CPU; no other tensor is read."""
+    stored = read_index(saved.path).state_dict_metadata
+    wanted: dict[str, Any] = {f"model.{name}": stored[f"model.{name}"] for name in names}
+    state = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in wanted.items()}
+    with one_process():
+        dcp.load(state, checkpoint_id=saved.path, no_dist=True)
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def _check_names(saved: Saved, state: dict[str, dict[str, Any]]) -> None:
+    """Every tensor of the model and the optimizer is stored with its shape and type, and no other of the model's is."""
+    stored = {
+        key: (tuple(item.size), str(item.properties.dtype))
+        for key, item in read_index(saved.path).state_dict_metadata.items()
+        if isinstance(item, TensorStorageMetadata)
+    }
+    wanted = {
+        f"{part}.{name}": (tuple(value.shape), str(value.dtype))
+        for part, values in state.items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    strangers = [key for key in stored if key.startswith("model.") and key not in wanted]
+    wrong = sorted([key for key in wanted if stored.get(key) != wanted[key]] + strangers)
+    if wrong:
+        lines = "; ".join(
+            f"{key}: stored {_words(stored.get(key))}, model {_words(wanted.get(key))}" for key in wrong[:3]
+        )
+        raise CheckpointError(
+            f"checkpoint {saved.path} does not fit the model in {len(wrong)} tensors ({lines}): "
+            "resume with the model it was saved with"
+        )
+
+
+def _words(kind: tuple[tuple[int, ...], str] | None) -> str:
+    return f"{kind[0]} {kind[1].removeprefix('torch.')}" if kind is not None else "nothing"
