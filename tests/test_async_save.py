@@ -66,13 +66,20 @@ def test_only_the_copy_blocks_and_it_is_what_is_saved(state, tmp_path, monkeypat
 
 def test_a_save_waits_for_the_one_before(state, tmp_path, monkeypatch):
     order, real = [], folder.finish
-    monkeypatch.setattr(folder, "finish", lambda out, step, meta: (order.append(step), real(out, step, meta)))
+
+    def finish(out, step, meta):
+        order.append(step)
+        return real(out, step, meta)
+
+    monkeypatch.setattr(folder, "finish", finish)
     ours = saver(state, tmp_path, [], keep_last=9)
     for step in (1, 2, 3):
         ours.save(step, {}, None)
         assert order[: step - 1] == list(range(1, step)), "the one before is published before this one begins"
     ours.finish()
     assert [saved.step for saved in published(tmp_path)] == [1, 2, 3]
+    files = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file() and path.name != "meta.json"]
+    assert ours.bytes_written == sum(path.stat().st_size for path in files)
 
 
 class Full:

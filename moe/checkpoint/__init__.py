@@ -7,7 +7,7 @@ the ranks that wrote it had shared the model among them, so that any other numbe
 """
 
 from moe.checkpoint.folder import Damaged, Saved, checkpoint_root, find, newest, prune, published, set_aside
-from moe.checkpoint.saver import Saver
+from moe.checkpoint.saver import Saver, save
 from moe.checkpoint.state import load, read_tensors, stored_names
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "prune",
     "published",
     "read_tensors",
+    "save",
     "set_aside",
     "stored_names",
 ]

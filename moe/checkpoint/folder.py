@@ -153,8 +153,8 @@ def temporary(out: Path, step: int) -> Path:
     return checkpoint_root(out) / f".writing-step_{step:08d}"
 
 
-def finish(out: Path, step: int, meta: dict[str, Any]) -> None:
-    """Check what was written, describe it in meta.json, flush it to the disk, and publish it."""
+def finish(out: Path, step: int, meta: dict[str, Any]) -> int:
+    """Check what was written, describe it in meta.json, flush it to the disk, and publish it; returns its bytes."""
     path = temporary(out, step)
     check_content(path)
     files = {file.name: (file.stat().st_size, checksum(file)) for file in sorted(path.iterdir())}
@@ -163,6 +163,7 @@ def finish(out: Path, step: int, meta: dict[str, Any]) -> None:
         flush(path / name)
     flush(path)
     publish(path, checkpoint_root(out) / f"step_{step:08d}")
+    return sum(size for size, _ in files.values())
 
 
 def publish(written: Path, target: Path) -> None:

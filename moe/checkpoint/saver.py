@@ -30,6 +30,8 @@ WRITE_TIMEOUT = timedelta(minutes=30)
 GRACE_SECONDS = 20.0
 """How long a process that ends by an error waits for a checkpoint in writing; torchrun kills it after 30 s."""
 
+KEEP_ALL = 2**31
+
 
 class Saver:
     """Saves a run's checkpoints, one at a time. All ranks call `save` and `finish` together, the rest each by itself.
@@ -64,6 +66,8 @@ class Saver:
         self.writing: Future[None] | None = None
         self.error: str | None = None
         """Why the newest save failed, or None."""
+        self.bytes_written = 0
+        """Bytes of all checkpoints published so far, on rank 0."""
 
     def save(self, step: int, meta: dict[str, Any], best_step: int | None) -> None:
         """Save after `step` steps with fields for meta.json; returns once the state is copied, or if not asynchronous saved.
@@ -106,7 +110,7 @@ class Saver:
         else:
             dcp.save(state, checkpoint_id=path, process_group=self.group)
         if self.ranks.first:
-            folder.finish(self.out, step, meta)
+            self.bytes_written += folder.finish(self.out, step, meta)
             folder.prune(self.out, self.config.keep_last, best_step)
 
     def look(self) -> None:
@@ -155,6 +159,14 @@ class Saver:
 
     def _failed(self) -> str:
         return f"the checkpoint of step {self.step} could not be saved ({self.error})"
+
+
+def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: dict[str, Any], ranks: Ranks) -> Path:
+    """Write and publish one checkpoint; on return it is whole. All ranks call it. Raises CheckpointError if it cannot be."""
+    saver = Saver(out, model, optimizer, ranks, Checkpoint(asynchronous=False, keep_last=KEEP_ALL), lambda _: None)
+    saver.save(step, meta, None)
+    saver.finish()
+    return folder.checkpoint_root(out) / f"step_{step:08d}"
 
 
 def _words(error: BaseException) -> str:
