@@ -241,6 +241,26 @@ def import_(
     typer.echo(f"{run.name}: step 0 in {out}; 'moe resume {out}' trains it for {run.train.steps} steps")
 
 
+@app.command()
+def prune(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a sparse run")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the pruned run")],
+    overrides: OverridesArgument = None,
+    keep: Annotated[float, typer.Option(help="share of each layer's experts that stays")] = 0.5,
+    method: Annotated[str, typer.Option(metavar="drop|merge|cluster", help="drop by score, or merge groups")] = "drop",
+    score: Annotated[
+        str, typer.Option(metavar="reap|mean_norm|weighted_norm|frequency|random", help="what to drop by")
+    ] = "reap",
+    rows: Annotated[int, typer.Option(min=1, help="rows of training text to look at")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="of that text, and of random scores")] = 0,
+) -> None:
+    """Make a run with fewer experts out of a trained one; 'moe resume' on it is the recovery training."""
+    module = import_module("moe.surgery.prune")
+    plan = module.Plan(keep=keep, method=method, score=score, rows=rows, seed=seed)
+    typer.echo(module.describe(module.prune(folder, out, plan, overrides or []), out))
+    typer.echo(f"'moe eval {out}' measures it, 'moe resume {out}' trains it on")
+
+
 @app.command("eval")
 def evaluate(
     folder: Annotated[

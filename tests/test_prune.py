@@ -1,0 +1,206 @@
+"""`moe prune` against loops written out here, hand-made cases, and transformers' own model of the pruned export."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moe import checkpoint
+from moe.cli import main
+from moe.config.load import load
+from moe.data import prepare
+from moe.errors import ConfigError, UserError
+from moe.model import Transformer
+from moe.surgery.prune import Plan, look, prune, prune_tensors, pruned_model
+from moe.surgery.scores import LayerUse
+from moe.surgery.select import aligned, best, expert_dimension, groups_by_output, groups_by_router, merge_experts
+from moe.surgery.start import begin_run, read_run
+from tests.tiny_runs import tiny_dict
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A run of 6 experts with weights that differ."""
+    folder = tmp_path_factory.mktemp("prune")
+    values = tiny_dict(folder)
+    values["model"]["moe"]["num_experts"] = 6
+    values["model"] |= {"init_std": 0.3, "document_mask": False}
+    run = load(values)
+    begin_run(folder / "run", run, Transformer(run.model, seed=3).state_dict(), {})
+    return read_run(folder / "run")
+
+
+def test_scores_equal_a_loop_over_tokens(source):
+    """In float64, every routed row one by one, with the hidden states of layer 0 computed here from the embedding."""
+    plan = Plan(rows=4)
+    uses = look(source, plan)
+    model = source.model().double()
+    batch = prepare(source.run.data).train_batch(0, range(4), batch_rows=4, seed=source.run.seed)
+    seen = []
+    handle = model.layers[0].moe.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    model.dtype = torch.float64
+    with torch.no_grad():
+        model(batch.ids_BS)
+    handle.remove()
+    gate, up, down = (p.detach() for p in model.layers[0].moe.experts.parameters())
+    rows, norm, weighted = (torch.zeros(6, dtype=torch.float64) for _ in range(3))
+    for x, valid in zip(seen[0], batch.valid_BS.flatten(), strict=True):
+        if not valid:
+            continue
+        logits = model.layers[0].moe.router.weight_ED.detach() @ x
+        chosen = logits.topk(2).indices
+        for e, g in zip(chosen.tolist(), logits[chosen].softmax(0).tolist(), strict=True):
+            hidden = torch.nn.functional.silu(x @ gate[e]) * (x @ up[e])
+            length = float((hidden @ down[e]).square().sum().sqrt())
+            rows[e], norm[e], weighted[e] = rows[e] + 1, norm[e] + length, weighted[e] + g * length
+    torch.testing.assert_close(uses[0].score("frequency"), rows)
+    torch.testing.assert_close(uses[0].score("mean_norm"), norm / rows.clamp(min=1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(uses[0].score("reap"), weighted / rows.clamp(min=1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(uses[0].score("weighted_norm"), weighted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_hand_made_layer_is_ranked_as_its_formulas_say():
+    use = LayerUse(torch.tensor([4.0, 1.0, 0.0]), torch.tensor([4.0, 3.0, 0.0]), torch.tensor([2.0, 1.5, 0.0]))
+    assert use.score("frequency").tolist() == [4, 1, 0]
+    assert use.score("mean_norm").tolist() == [1, 3, 0]
+    assert use.score("reap").tolist() == [0.5, 1.5, 0]
+    assert use.score("weighted_norm").tolist() == [2, 1.5, 0]
+    assert best(use.score("reap"), 2) == [0, 1] and best(use.score("mean_norm"), 1) == [1]
+    draws = [use.score("random", seed=s, layer=0).tolist() for s in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_pruned_run_equals_the_whole_one_with_its_other_experts_closed(source):
+    """Router rows of the dropped experts sent to -infinity by a large bias direction: the same logits to rounding."""
+    uses = look(source, Plan(rows=4))
+    plan = Plan(keep=0.5, rows=4)
+    tensors, groups = prune_tensors(source.tensors, uses, plan, 3)
+    small = pruned_model(source, uses, plan)
+    big = source.model()
+    ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(1))
+    handles = []
+    for layer, experts in big.moe_layers():
+        closed = [e for e in range(6) if [e] not in groups[layer]]
+        handles.append(experts.router.register_forward_hook(_closing(closed, experts)))
+    with torch.no_grad():
+        expected, found = big(ids).logits_BSV, small(ids).logits_BSV
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert tensors["layers.1.moe.router.weight_ED"].shape == (3, 16)
+
+
+def _closing(closed, layer):
+    """Route again with the closed experts' rows at -infinity, by hand."""
+
+    def hook(router, args, routing):
+        x_TD = args[0]
+        logits = x_TD @ router.weight_ED.t()
+        logits[:, closed] = -torch.inf
+        value, expert_TK = logits.topk(2, dim=1)
+        return replace(routing, expert_R=expert_TK.flatten(), weight_R=value.softmax(1).flatten())
+
+    return hook
+
+
+def test_alignment_undoes_a_permutation_and_a_merge_of_equals_is_one_of_them(source):
+    gate, up, down = (source.tensors[f"layers.0.moe.experts.{n}"] for n in ("w_gate_EDF", "w_up_EDF", "w_down_EFD"))
+    order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    shuffled = (gate[2][:, order], up[2][:, order], down[2][order])
+    found = aligned((gate[2], up[2], down[2]), shuffled)
+    assert torch.equal(order[found], torch.arange(8))
+    tensors = dict(source.tensors)
+    for name, value in zip(("w_gate_EDF", "w_up_EDF", "w_down_EFD"), shuffled, strict=True):
+        whole = tensors[f"layers.0.moe.experts.{name}"].clone()
+        whole[4] = value
+        tensors[f"layers.0.moe.experts.{name}"] = whole
+    use = LayerUse(torch.tensor([1.0, 1, 3, 1, 5, 1]), torch.ones(6), torch.ones(6))
+    merged = merge_experts(tensors, {0: [[2, 4], [0]]}, {0: use})
+    torch.testing.assert_close(merged["layers.0.moe.experts.w_gate_EDF"][0], gate[2])
+    torch.testing.assert_close(merged["layers.0.moe.experts.w_down_EFD"][0], down[2])
+    torch.testing.assert_close(merged["layers.0.moe.experts.w_up_EDF"][1], up[0])
+    assert merged["layers.0.moe.router.weight_ED"].shape == (2, 16)
+
+
+def test_alignment_is_the_best_of_all_permutations():
+    torch.manual_seed(0)
+    one, other = ((torch.randn(5, 4), torch.randn(5, 4), torch.randn(4, 5)) for _ in range(2))
+
+    def distance(order):
+        order = torch.tensor(order)
+        return float(
+            sum(
+                (a - b).square().sum()
+                for a, b in zip(one, (other[0][:, order], other[1][:, order], other[2][order]), strict=True)
+            )
+        )
+
+    found = aligned(one, other).tolist()
+    assert distance(found) == pytest.approx(min(distance(p) for p in itertools.permutations(range(4))))
+
+
+def test_groups_are_the_planted_ones():
+    """Experts 0, 2 and 4 do nearly the same, and so do 1 and 3; 5 stands alone."""
+    torch.manual_seed(0)
+    centres = torch.randn(3, 1, 7)
+    kind = [0, 1, 0, 1, 0, 2]
+    outputs = torch.cat([centres[k] + 0.01 * torch.randn(1, 7) for k in kind]).unsqueeze(1)
+    logits = torch.randn(50, 3)[:, kind] + 0.01 * torch.randn(50, 6)
+    rows = torch.tensor([9.0, 5, 1, 8, 2, 4])
+    use = LayerUse(rows, torch.ones(6), torch.ones(6), [outputs], [logits])
+    assert sorted(map(sorted, groups_by_output(use, 3))) == [[0, 2, 4], [1, 3], [5]]
+    assert [3, 1] in groups_by_output(use, 3), "the most used comes first"
+    first, second = groups_by_router(use, 2)
+    assert first[:3] == [0, 2, 4] and second[:2] == [3, 1]
+    same = LayerUse(rows, torch.ones(6), torch.ones(6), [torch.zeros(6, 1, 7)])
+    assert [len(groups_by_output(same, n)) for n in (1, 2, 5, 6)] == [1, 2, 5, 6]
+
+
+@pytest.mark.parametrize("method", ["drop", "merge", "cluster"])
+def test_a_pruned_run_is_evaluated_resumed_exported_and_pruned_again(method, source, tmp_path):
+    folder, out = str(source.folder), tmp_path / "pruned"
+    assert main(["prune", folder, "--out", str(out), "--method", method, "--rows", "4", "train.steps=1"]) == 0
+    run = load(out / "run.json")
+    assert run.model.moe is not None and run.model.moe.num_experts == 3 and run.train.steps == 1
+    assert main(["export", str(out), "--out", str(tmp_path / "hf")]) == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, read_run(out).model()(ids).logits_BSV, rtol=1e-4, atol=1e-5)
+    assert main(["resume", str(out)]) == 0
+    saved = checkpoint.newest(out)
+    assert saved is not None and saved.step == 1
+    assert main(["prune", str(out), "--out", str(tmp_path / "again"), "--keep", "0.67", "--rows", "4"]) == 0
+    origin = json.loads((out / "origin.json").read_text())
+    assert sum(len(group) for group in origin["experts"]["0"]) == (3 if method == "drop" else 6)
+
+
+def test_what_cannot_be_pruned_is_refused_before_anything_is_written(source, tmp_path):
+    with pytest.raises(ConfigError, match="keep"):
+        prune(source.folder, tmp_path / "x", Plan(keep=1.5))
+    with pytest.raises(ConfigError, match="'best' is unknown"):
+        prune(source.folder, tmp_path / "x", Plan(score="best"))
+    dense = load({**tiny_dict(tmp_path), "model": {**tiny_dict(tmp_path)["model"], "moe": None}})
+    begin_run(tmp_path / "dense", dense, Transformer(dense.model).state_dict(), {})
+    with pytest.raises(UserError, match="dense model"):
+        prune(tmp_path / "dense", tmp_path / "x", Plan())
+    hashed = load(tiny_dict(tmp_path), ["model.moe.router=hash"])
+    begin_run(tmp_path / "hash", hashed, Transformer(hashed.model).state_dict(), {})
+    with pytest.raises(ConfigError, match="router hash"):
+        prune(tmp_path / "hash", tmp_path / "x", Plan())
+    assert not (tmp_path / "x").exists()
+
+
+def test_experts_are_found_by_the_letters_of_a_name():
+    names = {
+        "a.w_gate_EDF": 0,
+        "a.bias_E": 0,
+        "a.default_ED": 0,
+        "a.weight_ED": 0,
+        "norm.weight": None,
+        "a.table_VK": None,
+    }
+    assert {name: expert_dimension(name) for name in names} == names
