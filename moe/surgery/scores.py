@@ -77,13 +77,18 @@ def measure_use(model: Transformer, batches: Iterator[Batch], *, rows: int) -> d
             model(batch.ids_BS, tokens=replace(tokens, row_T=batch.row_B.repeat_interleave(batch.ids_BS.shape[1])))
         for one in seen:
             E = one.routing.num_experts
-            use = found.setdefault(one.layer, LayerUse(*(torch.zeros(E, dtype=torch.float64) for _ in range(3))))
+            use = found.setdefault(one.layer, _unused(E))
             _add(use, one.module, one.expert_x_TD, one.routing)
             stride = max(1, len(one.x_TD) // share)
             use.outputs.append(_through(one.module, every_output(one.module, one.expert_x_TD[::stride])))
             if hasattr(one.module.router, "weight_ED"):
                 use.logits.append(one.x_TD[::stride].float() @ one.module.router.weight_ED.float().t())
     return found
+
+
+def _unused(E: int) -> LayerUse:
+    rows_E, norm_E, weighted_E = torch.zeros(3, E, dtype=torch.float64).unbind()
+    return LayerUse(rows_E, norm_E, weighted_E)
 
 
 def _add(use: LayerUse, layer: MoELayer, latent_TD: Tensor, routing: Routing) -> None:
