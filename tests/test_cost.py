@@ -431,6 +431,18 @@ def test_every_chip_is_found_by_its_own_name_and_is_plausible():
         assert 1e10 < chip.bandwidth < chip.fp16 / 20
 
 
+# NVLink generation 2 to 5: GB/s of one link one way; links of a GPU.
+NVLINKS = {"V100 SXM2": (25, 6), "A100 SXM4 80GB": (25, 12), "H100 HBM3": (25, 18), "H200": (25, 18), "B200": (50, 18)}
+
+
+def test_links_are_of_known_chips_and_as_wide_as_their_lanes():
+    assert set(chips.LINKS) <= {chip.name for chip in chips.CHIPS}
+    for name, (rate, lanes) in NVLINKS.items():
+        assert chips.LINKS[name].node == rate * lanes * 1e9
+    for links in chips.LINKS.values():
+        assert links.source and links.joined >= 8 and links.network < links.node
+
+
 def test_cost_does_not_load_torch():
     code = "import sys, moe.cost; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Accelerators by name: peak FLOP/s, bandwidth, memory, in plain Python. Vendors' figures for dense matrices.
+"""Accelerators by name: peak FLOP/s, bandwidth, memory, links, in plain Python. Vendors' figures for dense matrices.
 
 A peak is the vendor's promise at boost clock, seldom reached: cuBLAS gets about 80 % of an H100's in bfloat16.
 """
@@ -104,3 +104,51 @@ def find(device_name: str) -> Chip | None:
     if words & _OTHER_PEAKS:
         return None
     return next((chip for chip in CHIPS if chip.words <= words), None)
+
+
+# ------------------------------------------------------------------------------------------------------------- links
+
+# GPUs that the fast links join; GB/s of one GPU to the others of its node, one way (half of what vendors print, who add
+# both directions); GB/s of one GPU's share of the network, one way, in the vendor's own system; and where that stands.
+_LINKS = """
+name           | joined | GB/s | network | source
+v100 sxm2      |      8 |  150 |   6.25 | 6 NVLink 2 of 25; DGX-1, 4 x 100 Gb/s for 8
+a100 sxm4 80gb |      8 |  300 |     25 | 12 NVLink 3 of 25; DGX A100, 200 Gb/s each
+a100 sxm4 40gb |      8 |  300 |     25 | 12 NVLink 3 of 25; DGX A100, 200 Gb/s each
+h100 hbm3      |      8 |  450 |     50 | 18 NVLink 4 of 25; DGX H100, 400 Gb/s each
+h800           |      8 |  200 |     50 | 8 NVLink 4 of 25; arXiv 2412.19437, 400 Gb/s each
+h20            |      8 |  450 |     50 | 18 NVLink 4 of 25; 400 Gb/s each, as DGX H100
+h200           |      8 |  450 |     50 | 18 NVLink 4 of 25; DGX H200, 400 Gb/s each
+b200           |      8 |  900 |     50 | 18 NVLink 5 of 50; DGX B200, 400 Gb/s each
+gb200          |     72 |  900 |     50 | 18 NVLink 5 of 50; GB200 NVL72, 400 Gb/s each
+b300           |      8 |  900 |    100 | 18 NVLink 5 of 50; DGX B300, 800 Gb/s each
+mi300x         |      8 |  448 |     50 | 7 Infinity Fabric of 64; 400 Gb/s each assumed
+mi325x         |      8 |  448 |     50 | 7 Infinity Fabric of 64; 400 Gb/s each assumed
+l40s           |      8 |   32 |  12.5 | PCIe 4 x16; 100 Gb/s each assumed
+l4             |      8 |   32 |  12.5 | PCIe 4 x16; 100 Gb/s each assumed
+a10            |      8 |   32 |  12.5 | PCIe 4 x16; 100 Gb/s each assumed
+rtx 4090       |      8 |   32 |  3.125 | PCIe 4 x16; 25 Gb/s each assumed
+rtx 5090       |      8 |   64 |  3.125 | PCIe 5 x16; 25 Gb/s each assumed
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """What joins the GPUs of one kind: rates are one way, for one GPU, as the vendor promises them."""
+
+    joined: int
+    """GPUs of a node, which reach each other at `node`."""
+    node: float
+    """Bytes per second to the other GPUs of the node."""
+    network: float
+    """Bytes per second to GPUs of other nodes."""
+    source: str
+
+
+def _links(line: str) -> tuple[str, Links]:
+    name, joined, node, network, source = map(str.strip, line.split("|"))
+    return name.upper(), Links(joined=int(joined), node=float(node) * 1e9, network=float(network) * 1e9, source=source)
+
+
+LINKS: dict[str, Links] = dict(map(_links, _LINKS.strip().splitlines()[1:]))
+"""By the name of the chip; chips without an entry are sold in too many systems to name one."""
