@@ -21,6 +21,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moe.random import stable_seed
 
@@ -38,12 +40,15 @@ def off_meta() -> Iterator[None]:
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give a module that was built on the meta device memory on `device`; `initialise` then fills its parameters."""
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.is_meta:
-                setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device=device)))
-    module.to(device)
+    """Give a module that was built on the meta device memory on `device`; `initialise` then fills its parameters.
+
+    Sharded parameters get memory for this rank's part; buffers, which hold values, are kept.
+    """
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    module.to_empty(device=device)
+    for name, value in buffers.items():
+        owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        owner._buffers[leaf] = value.to(device)
 
 
 @torch.no_grad()
@@ -62,24 +67,39 @@ def initialise(
 
 
 def _fill(parameter: Tensor, name: str, widths: Sequence[int], seed: int, std: float, residual_scale: float) -> None:
-    """widths: rows of each expert, in a parameter whose letters are FD."""
+    """widths: rows of each expert, in a parameter whose letters are FD. Of a sharded parameter this rank's part is filled."""
     leaf = name.rsplit(".", 1)[-1]
+    here, shape, window = _window(parameter)
     if leaf in ("bias", "sink_N"):
-        parameter.zero_()
+        here.zero_()
     elif "norm" in name.split(".")[-2]:
-        parameter.fill_(1.0)
+        here.fill_(1.0)
     else:
         deviation = std * residual_scale if name.endswith(RESIDUAL_WRITERS) else std
         letters = leaf.rsplit("_", 1)[-1] if "_" in leaf else ""
-        if "E" in letters or letters == "FD":
-            experts = parameter if "E" in letters else parameter.split(list(widths))
-            for expert, values in enumerate(experts):
-                values.copy_(_normal(values.shape, deviation, stable_seed(seed, name, expert)))
+        if "E" in letters:
+            for values, expert in zip(here, range(shape[0])[window[0]], strict=True):
+                values.copy_(_normal(shape[1:], deviation, stable_seed(seed, name, expert))[window[1:]])
+        elif letters == "FD":
+            experts = (
+                _normal((width, shape[1]), deviation, stable_seed(seed, name, expert))
+                for expert, width in enumerate(widths)
+            )
+            here.copy_(torch.cat(list(experts))[window])
         else:
-            parameter.copy_(_normal(parameter.shape, deviation, stable_seed(seed, name)))
+            here.copy_(_normal(shape, deviation, stable_seed(seed, name))[window])
 
 
-def _normal(shape: torch.Size, std: float, seed: int) -> Tensor:
+def _window(parameter: Tensor) -> tuple[Tensor, torch.Size, tuple[slice, ...]]:
+    """This rank's part of a parameter, the whole one's shape, and where the part lies in it."""
+    if not isinstance(parameter, DTensor):
+        return parameter, parameter.shape, (slice(None),) * parameter.ndim
+    sizes, starts = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    window = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    return parameter.to_local(), parameter.shape, window
+
+
+def _normal(shape: Sequence[int], std: float, seed: int) -> Tensor:
     """Drawn on the CPU, so that a device never changes the start."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, device="cpu") * std

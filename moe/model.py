@@ -13,6 +13,7 @@ from moe.attention import GroupedQuery, KeyValue, Latent, RMSNorm, RotaryEmbeddi
 from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer
 from moe.init import initialise, off_meta
 from moe.moe_layer import Linear, MoELayer, SwiGLU
+from moe.parallel.exchange import EXCHANGE_COUNTS
 from moe.routing import Counts, Routing, Selection, Tokens
 
 IGNORE = -100
@@ -102,7 +103,7 @@ class Transformer(nn.Module):
         grouped = isinstance(attention, GroupedQueryAttention)
         rotated_dim = round(attention.head_dim * config.rotary.fraction) if grouped else attention.rope_dim
         self.windows = attention.windows if grouped else (0,)
-        residual_scale = 1 / math.sqrt(2 * config.num_layers) if config.init_depth_scaling else 1.0
+        residual_scale = self._residual_scale()
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         with off_meta():
             self.rotary = RotaryEmbedding(config.rotary, rotated_dim)
@@ -157,6 +158,13 @@ class Transformer(nn.Module):
         logits = nn.functional.linear(x_BSD, weight.to(x_BSD.dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def _residual_scale(self) -> float:
+        return 1 / math.sqrt(2 * self.config.num_layers) if self.config.init_depth_scaling else 1.0
+
+    def initialise(self, seed: int) -> None:
+        """Give every parameter its first value, where the model was built without memory (moe/init.py)."""
+        initialise(self, seed=seed, std=self.config.init_std, residual_scale=self._residual_scale())
+
     def moe_layers(self) -> list[tuple[int, MoELayer]]:
         """(block index, layer) of every expert layer, in order."""
         return [(i, block.moe) for i, block in enumerate(self.layers) if isinstance(block.moe, MoELayer)]
@@ -194,6 +202,7 @@ _DECISIONS = {
     torch.ops.aten.sort.default,
     torch.ops.aten.sort.stable,
     torch.ops.aten.argsort.stable,
+    EXCHANGE_COUNTS,
 }
 
 

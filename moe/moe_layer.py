@@ -83,15 +83,16 @@ class MoELayer(nn.Module):
         dispatch: Dispatch = plan(routing)
         # with latent experts D is their width between the two shared matrices, and the model's outside
         latent_TD = x_TD if self.into_latent is None else self.into_latent(x_TD)
-        y_TD = self.experts(latent_TD, dispatch)
+        travelling = self.experts.start(latent_TD, dispatch)
+        shared_TD = self._shared(x_TD)
+        y_TD = self.experts(latent_TD, dispatch, travelling)
+        if travelling is not None:
+            routing = replace(routing, statistics={**routing.statistics, **travelling.statistics})
         if self.out_of_latent is not None:
             y_TD = self.out_of_latent(y_TD)
         if routing.bypass_TD is not None:
             y_TD = y_TD + routing.bypass_TD.to(y_TD.dtype)
-        if self.shared is not None:
-            shared_TD = self.shared(x_TD)
-            if self.shared_gate is not None:
-                shared_TD = shared_TD * self.shared_gate(x_TD).sigmoid()
+        if shared_TD is not None:
             y_TD = y_TD + shared_TD
         if self.router.output_stride and self.training and torch.is_grad_enabled():
             means = output_sums(
@@ -99,6 +100,13 @@ class MoELayer(nn.Module):
             )
             routing = replace(routing, statistics={**routing.statistics, **means})
         return y_TD.view_as(x_BSD), routing
+
+    def _shared(self, x_TD: Tensor) -> Tensor | None:
+        """What the shared expert adds; computed while tokens travel."""
+        if self.shared is None:
+            return None
+        shared_TD = self.shared(x_TD)
+        return shared_TD * self.shared_gate(x_TD).sigmoid() if self.shared_gate is not None else shared_TD
 
     def update(self, statistics: Counts) -> None:
         """Let the router adapt to the statistics of the whole optimizer step: the sum of its routings' statistics."""

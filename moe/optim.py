@@ -4,18 +4,27 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe.config.schema import AdamW, Cosine, Schedule
+from moe.parallel import Ranks
+from moe.parallel.parts import copies, part_here
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay for matrices; none for norms, biases, attention sinks and embeddings. Asserts that every parameter is in one group."""
+    """Decay for matrices; none for norms, biases, attention sinks and embeddings. Asserts that every parameter is in one group.
+
+    Parameters that are sharded over different ranks are in different groups, because one operator cannot update both.
+    """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, plain = [], []
+    groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        (plain if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
-    assert {id(p) for p in decayed + plain} == {id(p) for p in model.parameters() if p.requires_grad}
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+        groups.setdefault((mesh, decays), []).append(parameter)
+    assert {id(p) for g in groups.values() for p in g} == {id(p) for p in model.parameters() if p.requires_grad}
+    ordered = sorted(groups.items(), key=lambda item: not item[0][1])  # matrices first
+    return [{"params": group, "weight_decay": weight_decay if key[1] else 0.0} for key, group in ordered]
 
 
 def build_optimizer(model: nn.Module, config: AdamW) -> torch.optim.AdamW:
@@ -47,13 +56,21 @@ def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> flo
     return peak * (low + (1 - low) * (left - 1) / schedule.decay_steps)
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Euclidean norm over all gradients, float32 scalar."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(grads)
+def gradient_norm(model: nn.Module, ranks: Ranks) -> Tensor:
+    """Euclidean norm over all gradients of the whole model, float32 scalar, the same on every rank.
+
+    Each rank adds what it holds, and a part that several ranks hold counts once.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm([part_here(gradient) for gradient in gradients]))
+    if ranks.world_size == 1:
+        return torch.linalg.vector_norm(norms)
+    held = torch.tensor([copies(gradient, ranks) for gradient in gradients], dtype=torch.float64, device=norms.device)
+    return ranks.sum_over_all((norms.double().square() / held).sum()).sqrt().to(norms.dtype)
 
 
 def clip(model: nn.Module, norm: Tensor, max_norm: float) -> None:
     """Scale all gradients so that their norm is at most max_norm; 0 leaves them alone."""
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), max_norm, norm)
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_([part_here(p.grad) for p in model.parameters() if p.grad is not None], scale)

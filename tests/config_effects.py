@@ -32,10 +32,13 @@ from lab import (
     printed,
     rates,
     routing_steps,
+    spread_over_eight,
     steps,
     stopped_at,
     streams,
     threads,
+    travellers,
+    waits,
 )
 
 from moe.config.load import known_routers, resolve_router
@@ -200,6 +203,7 @@ FOLDER = ("data.sources.0=hub", lambda lab: f"data.sources.0.dataset={local_data
 OTHER_SOURCE = ("data.sources.1=files", lambda lab: f"data.sources.1.paths={typed(text_file('b.jsonl', 'zebra')(lab))}")
 BPE = ("data.tokenizer=bpe", "data.tokenizer.vocab_size=300", "model.vocab_size=400")
 THREE_STEPS = ("train.steps=3",)
+EIGHT = ("train.batch_rows=8", "train.micro_rows=1")
 LOSS_FREE = ("model.moe.router=loss_free",)
 EXPERT_CHOICE = ("model.moe.router=expert_choice",)
 
@@ -460,6 +464,15 @@ EFFECTS: dict[str, Effect] = {
         rates, 0.0, 0.5, ("train.steps=4", "train.schedule=wsd", "train.schedule.decay_steps=2")
     ),
     # evaluation, checkpoints, logs
+    "parallel.replicate": Effect(spread_over_eight, 8, 4, EIGHT),
+    "parallel.shard": Effect(spread_over_eight, 2, 4, EIGHT),
+    "parallel.expert": Effect(spread_over_eight, 2, 4, EIGHT),
+    "parallel.context": Effect(spread_over_eight, 1, 2, EIGHT),
+    "parallel.tensor": Effect(spread_over_eight, 1, 2, EIGHT),
+    "parallel.pipeline": Effect(spread_over_eight, 1, 2, EIGHT),
+    "parallel.dispatch": Effect(travellers, "deduplicated", "rows"),
+    "parallel.dispatch_capacity_factor": Effect(travellers, 1.0, 2.0, ("parallel.dispatch=capacity",)),
+    "parallel.timeout_seconds": Effect(waits, 600.0, 5.0),
     "evaluation.every_steps": Effect(evaluations, 0, 1),
     "evaluation.rows": Effect(evaluations, 2, 3),
     "evaluation.final_rows": Effect(evaluations, 4, 5),

@@ -17,18 +17,27 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from tiny_runs import tiny_dict
 from torch.distributed.checkpoint.staging import DefaultStager
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe import parallel
+from moe.config.layout import resolve
 from moe.config.load import load
 from moe.config.schema import Run
 from moe.data import prepare
-from moe.errors import TrainingStopped, UserError
+from moe.errors import ConfigError, TrainingStopped, UserError
 from moe.experts import BACKENDS
 from moe.model import Transformer
+from moe.parallel import Ranks
+from moe.parallel.exchange import Exchange
+from moe.routing import Routing, Selection, fixed_offsets, plan
 from moe.train import train
 from moe.train.record import default_out
+from moe.train.sharding import spread
+from moe.train.step import micro_ranges
 
 
 @dataclass(frozen=True)
@@ -244,3 +253,59 @@ def streams(lab: Lab, run: Run) -> Any:
     with patch("datasets.load_dataset", wraps=datasets.load_dataset) as spy:
         prepare(fresh.data)
     return [call.kwargs["streaming"] for call in spy.call_args_list]
+
+
+def spread_over_eight(lab: Lab, run: Run) -> Any:
+    """What rank 5 of eight holds of every parameter, and its rows, or why not; nobody stands in for the others."""
+    dist.init_process_group("fake", rank=5, world_size=8, store=FakeStore())
+    try:
+        try:
+            layout = resolve(run, 8)
+        except ConfigError as error:
+            return str(error)
+        ranks = Ranks(5, 8, torch.device("cpu")).arranged(layout)
+        with torch.device("meta"):
+            model = Transformer(run.model)
+        spread(model, run, ranks)
+        held = {name: _held(parameter).numel() for name, parameter in model.named_parameters()}
+        return held, micro_ranges(run, ranks)
+    finally:
+        dist.destroy_process_group()
+
+
+def _held(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def travellers(lab: Lab, run: Run) -> Any:
+    """Vectors that travel for 8 tokens of two experts each, in a group of one rank."""
+    assert run.model.moe is not None
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        settings, E = run.parallel, run.model.moe.num_experts
+        exchange = Exchange(dist.group.WORLD, E, settings.dispatch, settings.dispatch_capacity_factor)
+        token_R = torch.arange(8).repeat_interleave(2)
+        expert_R = torch.arange(16) % E
+        selection = Selection(token_R, expert_R)
+        routing = Routing(token_R, expert_R, torch.ones(16), fixed_offsets(8, 2, token_R.device), E, selection)
+        return exchange.start(torch.ones(8, 4), plan(routing), training=True).units_UD.clone().shape
+    finally:
+        dist.destroy_process_group()
+
+
+def waits(lab: Lab, run: Run) -> Any:
+    """How long a process group waits for a rank."""
+    seen: list[Any] = []
+    environment = {"RANK": "0", "WORLD_SIZE": "2"}
+    store = iter([(dist.HashStore(), 0, 2)])
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict("os.environ", environment))
+        stack.enter_context(patch("torch.distributed.rendezvous", lambda _: store))
+        stack.enter_context(
+            patch("torch.distributed.init_process_group", lambda *_, timeout, **__: seen.append(timeout))
+        )
+        stack.enter_context(patch("torch.distributed.new_group", lambda **_: dist.ProcessGroup(0, 2)))
+        stack.enter_context(patch("torch.distributed.get_rank", lambda: 0))
+        stack.enter_context(patch("torch.distributed.get_world_size", lambda: 2))
+        parallel.start("cpu", run.parallel.timeout_seconds)
+    return seen

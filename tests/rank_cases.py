@@ -11,20 +11,24 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from moe import parallel
 from moe.config.schema import AdamW, Balance, Cosine, GroupedQueryAttention, Model, MoE, Run, Train
 from moe.data import Batch
-from moe.model import IGNORE, Transformer
+from moe.model import IGNORE
 from moe.optim import build_optimizer
 from moe.parallel import Ranks
 from moe.routers.expert_choice import Config as ExpertChoice
 from moe.routers.loss_free import Config as LossFree
 from moe.routers.topk import Config as TopK
 from moe.train.health import measure
+from moe.train.sharding import build_model
 from moe.train.step import State, train_step
 
 ROWS, S, STEPS = 8, 10, 3
+COSTS = ("sent_bytes", "undelivered_rows")
+"""Statistics that only some layouts have."""
 
 
 class UnevenCorpus:
@@ -74,26 +78,31 @@ def run_of(router, micro_rows: int, recompute: bool, rows: int = ROWS) -> Run:
         clip_norm=0.0,
         activation_checkpointing=recompute,
     )
-    return Run(name="case", model=model, train=train)
+    return Run(name="case", seed=1, model=model, train=train)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which ranks may hold parts; every rank calls it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def steps(run: Run, ranks: Ranks, count: int = STEPS) -> SimpleNamespace:
     """Losses, norms, gradients of the last step, loads and router state of a few optimizer steps."""
-    model = Transformer(run.model, seed=1, dtype=torch.float64, recompute=run.train.activation_checkpointing).double()
+    model = build_model(run, ranks, dtype=torch.float64)
     state = State(run, ranks, UnevenCorpus(), model, model, build_optimizer(model, run.train.optimizer))
     results = [train_step(state, step, maxima=True) for step in range(count)]
     return SimpleNamespace(
         losses=[[r.loss, r.grad_norm, *r.losses.values()] for r in results],
-        loads=[[s[k].tolist() for k in sorted(s)] for r in results for _, s in r.statistics],
-        grads={name: p.grad.clone() for name, p in model.named_parameters()},
+        loads=[[s[k].tolist() for k in sorted(s) if k not in COSTS] for r in results for _, s in r.statistics],
+        grads={name: whole(p.grad).clone() for name, p in model.named_parameters()},
+        values={name: whole(p.detach()).clone() for name, p in model.named_parameters()},
         buffers=dict(model.named_buffers()),
     )
 
 
-def health(run: Run, ranks: Ranks, folder: Path, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Every number that an evaluation measures of the routing, with the given weights, twice: the second knows its churn."""
-    model = Transformer(run.model, seed=1, dtype=torch.float64, recompute=run.train.activation_checkpointing).double()
-    model.load_state_dict(weights)
+def health(run: Run, ranks: Ranks, folder: Path) -> torch.Tensor:
+    """Every number that an evaluation measures of the routing, twice: the second knows its churn."""
+    model = build_model(run, ranks, dtype=torch.float64)
     state = State(run, ranks, UnevenCorpus(), model, model, build_optimizer(model, run.train.optimizer))
     lines = [*measure(state, 1, folder), *measure(state, 2, folder)]
     return torch.cat([numbers(line[name]) for line in lines for name in sorted(line)])
@@ -140,10 +149,9 @@ def main() -> None:
                 "state": max(difference(ours.buffers[k].double(), v.double()) for k, v in expected.buffers.items()),
             }
     trained = run_of(ROUTERS["global"], share // 2 or 1, True)
-    weights = Transformer(trained.model, seed=1, dtype=torch.float64).double().state_dict()
     with TemporaryDirectory() as folder:
-        expected = health(run_of(ROUTERS["global"], ROWS, False), alone, Path(folder) / "alone", weights)
-        ours = health(trained, ranks, Path(ranks.broadcast(folder)) / "ours", weights)
+        expected = health(run_of(ROUTERS["global"], ROWS, False), alone, Path(folder) / "alone")
+        ours = health(trained, ranks, Path(ranks.broadcast(folder)) / "ours")
         error = difference(ours, expected)
         ranks.wait_for_all()
     rows["health"] = {"losses": error, "grads": error, "loads": True, "state": error}

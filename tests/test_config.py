@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import tiny_dict, tiny_run
 
-from moe.config.check import check_world
+from moe.config.layout import resolve
 from moe.config.load import dump, known_routers, load, resolve_router, router_config, router_name
 from moe.config.schema import LatentAttention, Run, Yarn
 from moe.config.tree import Slot, fields_of
@@ -463,18 +463,18 @@ def test_latent_attention_has_rules_of_its_own(plain, overrides, message):
 def test_a_batch_must_spread_over_the_processes(tmp_path, rows, micro, world, way_out):
     run = tiny_run(tmp_path, f"train.batch_rows={rows}", f"train.micro_rows={micro}")
     if way_out is None:
-        check_world(run, world)
+        resolve(run, world)
         return
     with pytest.raises(ConfigError) as caught:
-        check_world(run, world)
+        resolve(run, world)
     assert f"train.batch_rows ({rows})" in str(caught.value)
     assert f"({world})" in str(caught.value)
     assert way_out in str(caught.value)
 
 
 def test_the_way_out_leads_out(tmp_path):
-    check_world(tiny_run(tmp_path, "train.batch_rows=16", "train.micro_rows=4"), 4)
-    check_world(tiny_run(tmp_path, "train.batch_rows=8", "train.micro_rows=2"), 4)
+    resolve(tiny_run(tmp_path, "train.batch_rows=16", "train.micro_rows=4"), 4)
+    resolve(tiny_run(tmp_path, "train.batch_rows=8", "train.micro_rows=2"), 4)
 
 
 def test_slots_know_every_field_of_a_run():

@@ -42,6 +42,15 @@ def test_losses_gradients_and_router_state_do_not_depend_on_the_layout(ranks):
         assert errors["state"] < 1e-10, case
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_sharded_and_expert_parallel_steps_equal_one_process(ranks):
+    cases = json.loads(torchrun(ranks, str(HERE / "layout_cases.py")))
+    assert len(cases) >= 20
+    for case, errors in cases.items():
+        for what, error in errors.items():
+            assert error < 1e-10, (case, what)
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Path:
     """recipes/smoke.py in one process, routing recorded."""

@@ -257,11 +257,11 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(tmp_path, monkeypa
     real = step_module.gradient_norm
     calls = {"n": 0}
 
-    def poisoned(model):
+    def poisoned(model, ranks):
         calls["n"] += 1
         if calls["n"] in (3, 6, 7, 8):
             next(model.parameters()).grad.fill_(float("nan"))
-        return real(model)
+        return real(model, ranks)
 
     monkeypatch.setattr(step_module, "gradient_norm", poisoned)
     out = tmp_path / "run"

@@ -3,6 +3,7 @@
 schema      every setting, as frozen dataclasses
 load        recipe, run.json, dict or Run, with overrides, to a checked Run
 check       rules between fields
+layout      which rank holds what, and its rules
 registry    routers by name; running a user's Python file
 tree        the shape of the config classes: what each place may hold
 overrides   a.b.c=value

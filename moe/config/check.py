@@ -41,22 +41,6 @@ def check(run: Run) -> None:
         raise ConfigError(joined(problems))
 
 
-def check_world(run: Run, world_size: int) -> None:
-    """Raise ConfigError where the run cannot be spread over `world_size` processes."""
-    train = run.train
-    per_pass = train.micro_rows * world_size
-    if train.batch_rows % per_pass == 0:
-        return
-    rows = _multiple_near(train.batch_rows, per_pass)
-    share, rest = divmod(train.batch_rows, world_size)
-    smaller = max((n for n in _divisors(share) if n <= train.micro_rows), default=0) if not rest else 0
-    other = f", or train.micro_rows={smaller}" if smaller else ""
-    raise ConfigError(
-        f"train.batch_rows ({train.batch_rows}) must be divisible by micro_rows ({train.micro_rows}) times the number "
-        f"of processes ({world_size}), {per_pass}: use train.batch_rows={rows}{other}"
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------ model
 
 

@@ -355,7 +355,7 @@ class Train:
     batch_rows: Annotated[int, Gt(0), Le(2**31)]
     """Rows of sequence_length tokens in one step, over all ranks and micro-batches."""
     micro_rows: PositiveInt
-    """Rows in one forward pass of one rank; batch_rows = micro_rows · ranks · accumulation."""
+    """Rows in one forward pass of one rank; batch_rows = micro_rows · parallel.replicate · shard · accumulation."""
     optimizer: AdamW
     """Update rule."""
     schedule: Schedule = Cosine()
@@ -374,6 +374,34 @@ class Train:
     """CPU threads of torch; 0 keeps torch's choice. Results are bitwise repeatable for one number of threads."""
     max_nonfinite_steps: PositiveInt = 10
     """Stop after this many steps in a row whose loss or gradient is not finite (each is skipped and counted)."""
+
+
+@config
+class Parallel:
+    """How the processes of a run share its work: pipeline · replicate · shard · context · tensor of them (docs/scaling.md).
+
+    Ranks are counted in that order, tensor fastest. Rows of the batch are shared by the replicate · shard ranks.
+    """
+
+    replicate: NonNegativeInt = 0
+    """Copies of the (sharded) model that see different rows; 0 takes the processes that the other sizes leave."""
+    shard: PositiveInt = 1
+    """Ranks that see different rows and hold a part of every parameter and of its optimizer state each (FSDP2)."""
+    expert: PositiveInt = 1
+    """Ranks that hold different experts and send each other tokens; taken out of replicate · shard · context ranks."""
+    context: PositiveInt = 1
+    """Ranks that share each row's tokens, and exchange heads for tokens around attention (Ulysses, arXiv 2309.14509)."""
+    tensor: PositiveInt = 1
+    """Ranks that share each matrix of attention and of dense feed-forward layers."""
+    pipeline: PositiveInt = 1
+    """Ranks that hold different blocks."""
+    dispatch: Literal["deduplicated", "rows", "capacity"] = "deduplicated"
+    """What travels to other ranks' experts: each token once per rank, each routed row, or a fixed number of rows per expert
+    (no size is read back from the device; rows past it are dropped and counted)."""
+    dispatch_capacity_factor: PositiveFloat = 2.0
+    """Rows that `capacity` sends to each expert, over its balanced share."""
+    timeout_seconds: PositiveFloat = 600.0
+    """Longest wait for another rank within a step; a rank that waits longer ends the run and says for whom it waited."""
 
 
 @config
@@ -438,6 +466,8 @@ class Run:
     """The corpus."""
     train: Train
     """The loop."""
+    parallel: Parallel = Parallel()
+    """The layout over processes."""
     evaluation: Evaluation = Evaluation()
     """Validation."""
     checkpoint: Checkpoint = Checkpoint()

@@ -16,10 +16,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe.config.check import low_precision, unequal_widths
 from moe.errors import BackendError
 from moe.experts import block_sparse_backend, reference, torch_backend, triton_backend
+from moe.parallel.exchange import Arrival, Exchange
 from moe.routing import Dispatch
 from moe_triton.block_sizes import block_of
 from moe_triton.block_sparse import PackedExperts
@@ -50,7 +52,10 @@ def resolve_backend(name: str) -> str:
 
 
 class Experts(nn.Module):
-    """E SwiGLU feed-forward networks, of width `hidden` or of `widths`; the module's docstring has the parameters."""
+    """E SwiGLU feed-forward networks, of width `hidden` or of `widths`; the module's docstring has the parameters.
+
+    With an `exchange` (moe/train/sharding.py sets it) this rank holds its share of the experts, and tokens travel.
+    """
 
     def __init__(
         self,
@@ -68,6 +73,7 @@ class Experts(nn.Module):
         if refusal:
             raise BackendError(refusal)
         self.backend, self.precision = resolve_backend(backend), precision
+        self.exchange: Exchange | None = None
         if self.backend == "triton":
             triton_backend.require_precision(precision)
         if len(set(self.widths)) > 1:
@@ -94,8 +100,24 @@ class Experts(nn.Module):
         indices = {name: getattr(self, name) for name in _INDICES}
         return PackedExperts(widths=self.widths, block=block_of(self.widths), **indices)
 
-    def forward(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
-        """Gather, compute, weigh and sum: x_TD [T, D] to y_TD [T, D] in the same type."""
-        gate, up, down = (w.to(x_TD.dtype) for w in self.parameters())
+    def start(self, x_TD: Tensor, dispatch: Dispatch) -> Arrival | None:
+        """Send tokens on their way to the ranks that hold their experts; None where all experts are here."""
+        return self.exchange.start(x_TD, dispatch, training=self.training) if self.exchange is not None else None
+
+    def forward(self, x_TD: Tensor, dispatch: Dispatch, arrival: Arrival | None = None) -> Tensor:
+        """Gather, compute, weigh and sum: x_TD [T, D] to y_TD [T, D] in the same type.
+
+        `arrival` is what `start` returned for the same arguments, where other work was done meanwhile.
+        """
+        if self.exchange is None:
+            return self._compute(x_TD, dispatch)
+        arrival = arrival if arrival is not None else self.exchange.start(x_TD, dispatch, training=self.training)
+        y_UD = self._compute(arrival.units_UD, self.exchange.local(arrival, dispatch))
+        return self.exchange.finish(y_UD, arrival)
+
+    def _compute(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
+        """The backend over this rank's experts."""
+        here = (w.to_local() if isinstance(w, DTensor) else w for w in self.parameters())
+        gate, up, down = (w.to(x_TD.dtype) for w in here)
         options = {} if self.precision == "native" else {"precision": self.precision}
         return BACKENDS[self.backend](x_TD, gate, up, down, dispatch, self.packed, **options)

@@ -131,7 +131,7 @@ def token_choice(
     return Routing(
         token_R=token_R,
         expert_R=kept_TK.flatten(),
-        weight_R=torch.where(kept_TK < num_experts, weight_TK, 0.0).flatten(),
+        weight_R=torch.where(kept_TK.flatten() < num_experts, weight_TK.flatten(), 0.0),
         token_offsets=fixed_offsets(T, K, expert_TK.device),
         num_experts=num_experts,
         selection=Selection(token_R, expert_TK.flatten()),

@@ -1,12 +1,13 @@
 """Language-model loss on fixed validation rows: no auxiliary loss, no noise, no change of any state."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from moe.data import Corpus
+from moe.data import Batch, Corpus
 from moe.model import IGNORE, Transformer, token_losses
 from moe.parallel import Ranks
 from moe.routing import Tokens
@@ -31,6 +32,25 @@ class EvaluationResult:
         return float(self.nats_row.sum() / math.log(2) / max(self.bytes_row.sum(), 1))
 
 
+def rounds(corpus: Corpus, ranks: Ranks, *, rows: int, micro_rows: int) -> Iterator[tuple[range, Batch]]:
+    """This rank's share of the first `rows` validation rows, as (rows, batch on its device), up to micro_rows at a time.
+
+    Every rank gets as many, because a model that is spread over ranks computes together: one that has run out of rows gets
+    an empty range, and a row without valid tokens or targets.
+    """
+    shares = ranks.layout.data_ranks
+    first, end = rows * ranks.data_rank // shares, rows * (ranks.data_rank + 1) // shares
+    most = -(-rows // shares)
+    for turn in range(-(-most // micro_rows)):
+        start = first + turn * micro_rows
+        span = range(start, min(start + micro_rows, end))
+        batch = corpus.validation_batch(span if len(span) else range(1)).to(ranks.device)
+        if not len(span):
+            nothing = torch.full_like(batch.targets_BS, IGNORE)
+            batch = replace(batch, targets_BS=nothing, valid_BS=torch.zeros_like(batch.valid_BS))
+        yield span, batch
+
+
 @torch.no_grad()
 def evaluate(model: Transformer, corpus: Corpus, ranks: Ranks, *, rows: int, micro_rows: int) -> EvaluationResult:
     """Loss on the first `rows` validation rows (all, if there are fewer), shared out over the ranks."""
@@ -38,19 +58,14 @@ def evaluate(model: Transformer, corpus: Corpus, ranks: Ranks, *, rows: int, mic
     was_training = model.training
     model.eval()
     sums_3R = torch.zeros(3, rows, dtype=torch.float64, device=ranks.device)
-    first, end = rows * ranks.rank // ranks.world_size, rows * (ranks.rank + 1) // ranks.world_size
-    for start in range(first, end, micro_rows):
-        span = range(start, min(start + micro_rows, end))
-        batch = corpus.validation_batch(span)
-        ids_BS, targets_BS = batch.ids_BS.to(ranks.device), batch.targets_BS.to(ranks.device)
-        tokens = Tokens.of(
-            ids_BS, valid_BS=batch.valid_BS.to(ranks.device), document_BS=batch.document_BS.to(ranks.device)
-        )
-        row_T = batch.row_B.repeat_interleave(ids_BS.shape[1]).to(ranks.device)
-        logits_BSV = model(ids_BS, tokens=replace(tokens, row_T=row_T)).logits_BSV
-        sums_3R[0, span.start : span.stop] = token_losses(logits_BSV, targets_BS).double().sum(1)
-        sums_3R[1, span.start : span.stop] = batch.bytes_B.to(ranks.device)
-        sums_3R[2, span.start : span.stop] = (targets_BS != IGNORE).sum(1).double()
+    for span, batch in rounds(corpus, ranks, rows=rows, micro_rows=micro_rows):
+        tokens = Tokens.of(batch.ids_BS, valid_BS=batch.valid_BS, document_BS=batch.document_BS)
+        row_T = batch.row_B.repeat_interleave(batch.ids_BS.shape[1])
+        logits_BSV = model(batch.ids_BS, tokens=replace(tokens, row_T=row_T)).logits_BSV
+        here, n = slice(span.start, span.stop), len(span)
+        sums_3R[0, here] = token_losses(logits_BSV, batch.targets_BS).double().sum(1)[:n]
+        sums_3R[1, here] = batch.bytes_B[:n]
+        sums_3R[2, here] = (batch.targets_BS != IGNORE).sum(1).double()[:n]
     model.train(was_training)
     nats, size, tokens_row = ranks.sum(sums_3R).cpu().numpy()
     return EvaluationResult(nats, size, tokens_row)

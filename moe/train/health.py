@@ -21,7 +21,9 @@ from moe.files import write_whole
 from moe.metrics import coactivation, mutual_information, overlap
 from moe.model import Transformer, balancing_loss
 from moe.moe_layer import MoELayer
+from moe.parallel.parts import copies, part_here
 from moe.routing import Routing, Selection, Tokens, fixed_offsets, plan
+from moe.train.evaluate import rounds
 from moe.train.step import State, forward, step_inputs
 
 ID_BUCKETS = 1024
@@ -173,15 +175,13 @@ def _on_probe(state: State) -> dict[int, dict[str, Any]]:
     rows, S = min(state.run.evaluation.probe_rows, corpus.num_validation_rows), corpus.data.sequence_length
     stride = max(1, rows * S // SAMPLE_TOKENS)
     parts = {layer: _Probe(module, rows * S, ranks.device) for layer, module in model.moe_layers()}
-    first, end = rows * ranks.rank // ranks.world_size, rows * (ranks.rank + 1) // ranks.world_size
-    for start in range(first, end, state.run.train.micro_rows):
-        batch = corpus.validation_batch(range(start, min(start + state.run.train.micro_rows, end))).to(ranks.device)
+    for span, batch in rounds(corpus, ranks, rows=rows, micro_rows=state.run.train.micro_rows):
         tokens = Tokens.of(batch.ids_BS, valid_BS=batch.valid_BS, document_BS=batch.document_BS)
         tokens = replace(tokens, row_T=batch.row_B.repeat_interleave(S))
         with watching(model) as seen:
             model(batch.ids_BS, tokens=tokens)
         for one in seen:
-            parts[one.layer].add(one, start * S, stride)
+            parts[one.layer].add(one, span.start * S if len(span) else None, stride)
     return {layer: part.fields(state) for layer, part in parts.items()}
 
 
@@ -197,8 +197,12 @@ class _Probe:
         self.cosine_EE = torch.zeros(E, E, dtype=torch.float64, device=device)
         self.sampled = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, one: Seen, start: int, stride: int) -> None:
+    def add(self, one: Seen, start: int | None, stride: int) -> None:
+        """Count a batch of the probe set from token `start` on; None: no part of it, but other ranks have one."""
         E, T = one.routing.num_experts, one.x_TD.shape[0]
+        if start is None:
+            every_output(self.module, one.expert_x_TD[:0])
+            return
         self.chosen_TE[start : start + T] = chosen(one.routing.selection, one.tokens, E).int()
         exact = _choice_in_float64(one)
         self.has_exact &= exact is not None
@@ -219,9 +223,9 @@ class _Probe:
         sampled = max(float(state.ranks.sum(self.sampled)), 1.0)
         norm_E, cosine_EE = (part.cpu().numpy() / sampled for part in sums[2:])
         E = len(norm_E)
-        off_diagonal = np.where(np.eye(E, dtype=bool), -2.0, cosine_EE)
+        off_diagonal = np.where(np.triu(np.ones((E, E), dtype=bool), k=1), cosine_EE, -2.0)
         i, j = np.unravel_index(int(off_diagonal.argmax()), (E, E))
-        squares = [float(weight.detach().square().mean()) for weight in self.module.experts.parameters()]
+        squares = [_mean_square(weight.detach(), state) for weight in self.module.experts.parameters()]
         return {
             "choices": chosen_TE,
             "output_norms": norm_E.tolist(),
@@ -231,6 +235,12 @@ class _Probe:
             "expert_rms": float(np.sqrt(np.mean(squares))),
             "rounding_flips": 1 - overlap(chosen_TE, exact_TE) if self.has_exact else None,
         }
+
+
+def _mean_square(weight: Tensor, state: State) -> float:
+    """Mean square of a parameter, of which ranks may hold parts."""
+    total = state.ranks.sum(part_here(weight).double().square().sum() / copies(weight, state.ranks))
+    return float(total) / weight.numel()
 
 
 def chosen(selection: Selection, tokens: Tokens, num_experts: int) -> Tensor:

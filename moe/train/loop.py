@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moe import checkpoint, parallel
-from moe.config.check import check_world
+from moe.config.layout import resolve
 from moe.config.load import dump, load
 from moe.config.schema import Run
 from moe.cost import parameters
@@ -137,7 +137,8 @@ def _ranks(run: Run) -> Iterator[Ranks]:
         torch.set_num_threads(run.train.threads)
     joined_before = parallel.joined()
     try:
-        yield parallel.start(run.train.device)
+        ranks = parallel.start(run.train.device, run.parallel.timeout_seconds)
+        yield ranks.arranged(resolve(run, ranks.world_size))
     finally:
         if not joined_before:
             parallel.stop()
@@ -145,7 +146,6 @@ def _ranks(run: Run) -> Iterator[Ranks]:
 
 def _check(run: Run, ranks: Ranks) -> None:
     """Refuse what this machine or number of ranks cannot do, before anything is prepared or written."""
-    check_world(run, ranks.world_size)
     _backend(run)
     require_memory(run, ranks)
     if run.logging.tensorboard:
@@ -184,16 +184,17 @@ def _set_up(run: Run, ranks: Ranks, console: Console) -> State:
     state = build_state(run, ranks, corpus)
     state.replayer = replayer
     counted = parameters(run.model)
+    layout = f" ({ranks.layout.describe()})" if ranks.world_size > 1 else ""
     console.say(
         f"{run.name}: {counted.total:,} parameters, {counted.active:,} active per token; {ranks.world_size} rank(s) on "
-        f"{ranks.device.type}, {torch.get_num_threads()} thread(s); expert backend {_backend(run)}"
+        f"{ranks.device.type}{layout}, {torch.get_num_threads()} thread(s); expert backend {_backend(run)}"
     )
     if not all(layer.router.causal for _, layer in state.model.moe_layers()):
         console.say(
             "WARNING: this router is not causal: a token's experts depend on later tokens of its row, so training and "
             "evaluation losses are flattered, and generation cannot route the same way"
         )
-    if needs_first_pass(run, ranks.world_size):
+    if needs_first_pass(run, ranks.layout.data_ranks):
         console.say(
             "balance scope 'global' with this layout counts rows in a first forward pass without gradient: about a "
             "third more compute per step; scope 'sequence', or batch_rows = micro_rows, avoids it"

@@ -13,6 +13,7 @@ from moe.errors import ConfigError
 from moe.parallel import Ranks
 
 GIB = 2**30
+FLOAT32_BYTES = 4
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -57,17 +58,19 @@ def require_memory(run: Run, ranks: Ranks) -> None:
     installed = installed_bytes(ranks.device)
     if installed is None:
         return
-    plan = cost.memory_bytes(run)
-    held = sum(plan[part] for part in ("parameters", "gradients", "optimizer"))
+    counted, layout = cost.parameters(run.model), ranks.layout
+    experts = counted.components.get("experts", 0)
+    here = (counted.total - experts) / layout.dense_shards + experts / (layout.expert * layout.expert_shard)
     on_host = ranks.device.type == "cpu"
-    copy = plan["parameters"] + plan["optimizer"] if on_host and run.checkpoint.asynchronous else 0
-    held += copy
+    copy = 3 * FLOAT32_BYTES * here if on_host and run.checkpoint.asynchronous else 0
+    held = 4 * FLOAT32_BYTES * here + copy  # the parameters, their gradients, and Adam's two averages
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
     if held * sharing > installed:
         together = f" on each of {sharing} ranks" if sharing > 1 else ""
         raise ConfigError(
-            f"the parameters ({cost.parameters(run.model).total:,}), their gradients and the optimizer's state need "
+            f"the parameters ({counted.total:,}), their gradients and the optimizer's state need "
             f"{held / GIB:,.1f} GiB{together}, this {ranks.device.type} has {installed / GIB:,.1f} GiB: choose a "
-            "smaller model.dim, model.num_layers or model.moe.num_experts; moe show prints the plan"
+            "smaller model.dim, model.num_layers or model.moe.num_experts, or spread them with parallel.shard or "
+            "parallel.expert; moe show prints the plan"
             + (f"; checkpoint.asynchronous=false needs {copy / GIB:,.1f} GiB less" if copy else "")
         )

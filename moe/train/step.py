@@ -19,8 +19,7 @@ from moe.optim import build_optimizer, clip, gradient_norm, learning_rate
 from moe.parallel import Ranks
 from moe.routing import Selection, Tokens
 from moe.train.replay import Recorder, Replayer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from moe.train.sharding import build_model, sum_gradients
 
 
 @dataclass
@@ -58,17 +57,15 @@ class StepResult:
 def build_state(run: Run, ranks: Ranks, corpus: Corpus) -> State:
     """Model, optimizer and replay of a run, on this rank's device."""
     train = run.train
-    model = Transformer(
-        run.model, seed=run.seed, dtype=DTYPES[train.precision], recompute=train.activation_checkpointing
-    ).to(ranks.device)
+    model = build_model(run, ranks)
     forward = torch.compile(model, fullgraph=True) if train.compile else model
     return State(run, ranks, corpus, model, forward, build_optimizer(model, train.optimizer))
 
 
 def micro_ranges(run: Run, ranks: Ranks) -> list[range]:
     """The rows of each micro-batch of this rank; ranks hold consecutive shares of the batch."""
-    share = run.train.batch_rows // ranks.world_size
-    first = ranks.rank * share
+    share = run.train.batch_rows // ranks.layout.data_ranks
+    first = ranks.data_rank * share
     return [range(row, row + run.train.micro_rows) for row in range(first, first + share, run.train.micro_rows)]
 
 
@@ -95,9 +92,9 @@ def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, max
     outputs = [
         _forward_backward(state, batch, tokens, targets, step) for batch, tokens in zip(batches, inputs, strict=True)
     ]
-    ranks.sum_gradients(model.parameters())
+    sum_gradients(model, ranks)
     loss, losses, stops, statistics = _reduce(outputs, stop(), ranks, maxima)
-    norm = gradient_norm(model)
+    norm = gradient_norm(model, ranks)
     grad_norm = float(norm)  # host sync: a step that is not finite must not reach the optimizer
     skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
     if not skipped:
@@ -148,7 +145,7 @@ def _inputs(batch: Batch, step: int, valid_tokens: Tensor, valid_rows: Tensor, d
     )
 
 
-def needs_first_pass(run: Run, world_size: int) -> bool:
+def needs_first_pass(run: Run, data_ranks: int) -> bool:
     """Whether the `global` balance scope must count rows in a forward pass of its own, before the one with gradient.
 
     It must where the step has several micro-batches, or several ranks and a forward pass that cannot hold a collective.
@@ -156,13 +153,13 @@ def needs_first_pass(run: Run, world_size: int) -> bool:
     moe = run.model.moe
     if moe is None or not any(b.scope == "global" and b.weight > 0 for _, b in balances(moe.router)):
         return False
-    accumulation = run.train.batch_rows // (world_size * run.train.micro_rows)
-    return accumulation > 1 or (world_size > 1 and (run.train.activation_checkpointing or run.train.compile))
+    accumulation = run.train.batch_rows // (data_ranks * run.train.micro_rows)
+    return accumulation > 1 or (data_ranks > 1 and (run.train.activation_checkpointing or run.train.compile))
 
 
 def _with_global_counts(state: State, batches: list[Batch], inputs: list[Tokens]) -> list[Tokens]:
     """Give the tokens what `global` scope needs: a way to sum counts over ranks, or the counts of a first pass."""
-    if not needs_first_pass(state.run, state.ranks.world_size):
+    if not needs_first_pass(state.run, state.ranks.layout.data_ranks):
         reduce = state.ranks.sum if state.ranks.world_size > 1 and len(batches) == 1 else None
         return [replace(tokens, sum_over_ranks=reduce) for tokens in inputs]
     model, moe = state.run.model, state.run.model.moe

@@ -1,12 +1,12 @@
 """The ranks of a run and what they say to each other. Without torchrun there is one rank and every call is local.
 
-Data parallel: each rank computes its rows of the batch, and gradients are summed. Every loss is divided by counts over the
-whole step before it is differentiated, so a sum is all there is to do, whatever the number of ranks.
+Each rank computes its part of the batch, and gradients are summed. Every loss is divided by counts over the whole step before it
+is differentiated, so a sum is all there is to do, whatever the layout.
 """
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.config.layout import Layout
 from moe.errors import UserError
+from moe.parallel.mesh import Mesh, build
 
 Value = TypeVar("Value")
 BUCKET_ELEMENTS = 16 * 2**20
-TIMEOUT = timedelta(minutes=10)
-"""Longest wait in a step's collectives."""
 SET_UP_TIMEOUT = timedelta(days=7)
 """Longest wait for rank 0 to download, tokenise and write, which may take long."""
 
@@ -33,43 +33,46 @@ class Ranks:
     device: torch.device
     patient: dist.ProcessGroup | None = None
     """Group for messages between steps, with SET_UP_TIMEOUT; None for one rank."""
+    layout: Layout = field(default_factory=Layout)
+    """Which rank holds what; until `arranged`, every rank the whole model."""
+    mesh: Mesh | None = None
+    """The process groups of the layout; None for one rank."""
 
     @property
     def first(self) -> bool:
         """Whether this rank writes files and speaks on the console."""
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Which of the `layout.data_ranks` shares of the rows this rank sees."""
+        return self.layout.data_rank(self.rank)
+
+    def arranged(self, layout: Layout) -> "Ranks":
+        """These ranks in a layout for as many of them; every rank calls it."""
+        assert layout.world_size == self.world_size
+        return replace(self, layout=layout, mesh=build(layout, self.device) if self.world_size > 1 else None)
+
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, without gradient; the argument is left alone."""
+        """Sum over the ranks that see other tokens, without gradient; the argument is left alone."""
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def max(self, tensor: Tensor) -> Tensor:
-        """Maximum over ranks, without gradient; the argument is left alone."""
+        """Maximum over the ranks that see other tokens, without gradient; the argument is left alone."""
         return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def sum_over_all(self, tensor: Tensor) -> Tensor:
+        """Sum over every rank of the run, without gradient; the argument is left alone."""
+        tensor = tensor.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
         tensor = tensor.detach().clone()
         if self.world_size > 1:
-            dist.all_reduce(tensor, op=op)
+            dist.all_reduce(tensor, op=op, group=self.mesh.tokens if self.mesh else None)
         return tensor
-
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its sum over ranks, in buckets of about 64 MiB of float32."""
-        if self.world_size == 1:
-            return
-        grads = []
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            grads.append(parameter.grad)
-        while grads:
-            bucket = [grads.pop(0)]
-            while grads and sum(g.numel() for g in bucket) + grads[0].numel() <= BUCKET_ELEMENTS:
-                bucket.append(grads.pop(0))
-            flat = torch.cat([grad.flatten() for grad in bucket])
-            dist.all_reduce(flat)
-            for grad, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                grad.copy_(total.view_as(grad))
 
     def broadcast(self, value: Value) -> Value:
         """Rank 0's value, on every rank."""
@@ -103,10 +106,24 @@ class Ranks:
         return outcome[0] if self.first else action()
 
 
-def start(device: str) -> Ranks:
+def sum_in_buckets(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Replace every tensor by its sum over a group's ranks (None: all), in buckets of about 64 MiB of float32."""
+    left = list(tensors)
+    while left:
+        bucket = [left.pop(0)]
+        while left and sum(t.numel() for t in bucket) + left[0].numel() <= BUCKET_ELEMENTS:
+            bucket.append(left.pop(0))
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat, group=group)
+        for tensor, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+def start(device: str, timeout_seconds: float = 600.0) -> Ranks:
     """Join the run: one process, or those that torchrun started (RANK and WORLD_SIZE in the environment).
 
-    `device` is "auto", "cpu" or "cuda". Raises UserError if that device is not there.
+    `device` is "auto", "cpu" or "cuda"; `timeout_seconds` bounds the wait for other ranks within a step. Raises UserError if
+    that device is not there.
     """
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is not None and kind.type == "mps":
@@ -125,10 +142,12 @@ def start(device: str) -> Ranks:
         # after an elastic restart the store still holds the dead attempt's addresses: each attempt gets its own keys
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = dist.get_default_backend_for_device(place)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     patient = dist.new_group(backend="gloo", timeout=SET_UP_TIMEOUT)
     assert isinstance(patient, dist.ProcessGroup)
-    return Ranks(dist.get_rank(), dist.get_world_size(), place, patient)
+    world_size = dist.get_world_size()
+    return Ranks(dist.get_rank(), world_size, place, patient, Layout(replicate=world_size))
 
 
 def joined() -> bool:
