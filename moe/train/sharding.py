@@ -153,7 +153,6 @@ def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
     """Sum the gradients that FSDP2 does not: of parameters that are held whole, and of whole experts on a few ranks."""
     if ranks.world_size == 1:
         return
-    assert ranks.mesh is not None
     whole, experts = [], []
     for parameter in model.parameters():
         if not isinstance(parameter, DTensor):
@@ -164,6 +163,6 @@ def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             experts.append(part_here(parameter.grad))
-    sum_in_buckets(whole, ranks.mesh.tokens)
-    if ranks.layout.expert_replicate > 1:
+    sum_in_buckets(whole, ranks.mesh.tokens if ranks.mesh is not None else None)
+    if experts and ranks.mesh is not None and ranks.layout.expert_replicate > 1:
         sum_in_buckets(experts, ranks.mesh.expert_copies)
