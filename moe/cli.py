@@ -210,6 +210,40 @@ def probe(
 
 
 @app.command()
+def ledger(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="folders of runs, or of many at any depth")],
+    next_nats: Annotated[float, typer.Option(min=0, help="also the price of so many nats more; 0 for none")] = 0.01,
+    against: Annotated[Path | None, typer.Option(metavar="DIR", help="a dense run: its cost at equal loss")] = None,
+    region: Annotated[str, typer.Option(help="country of the electricity, or WORLD; else as in each run")] = "",
+    grid: Annotated[float, typer.Option(min=0, help="gCO2e per kWh, instead of a region's")] = 0.0,
+    pue: Annotated[float, typer.Option(min=1, help="power usage effectiveness")] = 1.0,
+    price_per_hour: Annotated[float, typer.Option(min=0, help="USD per device and hour")] = 0.0,
+    price_per_kwh: Annotated[float, typer.Option(min=0, help="USD per kWh")] = 0.0,
+    json: JsonOption = False,
+) -> None:
+    """Sum what runs have used: time, FLOPs, energy, carbon, money, bytes; rates given here replace the runs' own, all of them."""
+    module, prices = import_module("moe.analysis.ledger"), import_module("moe.analysis.ledger_prices")
+    rates = {"grid_gco2e_per_kwh": grid, "price_per_hour": price_per_hour, "price_per_kwh": price_per_kwh}
+    changed = bool(region) or pue != 1 or any(rates.values())
+    cost = _lazy("moe.config.schema", "Cost")(region=region or "WORLD", pue=pue, **rates) if changed else None
+    result = module.project(folders, cost)
+    words = [module.describe(result)]
+    if len(result["runs"]) == 1:
+        run = Path(result["runs"][0]["run"])
+        if next_nats and prices.has_tail(run):
+            result["next"] = prices.next_nats(run, next_nats, cost)
+            words.append(prices.describe_next(result["next"]))
+        if against is not None:
+            result["against"] = prices.equal_loss(run, against, cost)
+            words.append(prices.describe_equal(result["against"]))
+    elif against is not None:
+        raise ConfigError(
+            f"--against compares one run with a dense one, found {len(result['runs'])} runs: name one folder"
+        )
+    _print(result, lambda _: "\n".join(words), json)
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the model")],

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fake_counters import powercap
 from lab import (
     Lab,
     calls,
@@ -133,6 +134,12 @@ class Effect:
 def setting(key: str) -> str:
     """The path of an override for a key: the first source, and no names of members."""
     return re.sub(r"\[\w+\]", "", key.replace("data.sources[", "data.sources.0["))
+
+
+def rates_charged(lab: Lab, run: Run) -> Any:
+    """The meters and the rates of a run's ledger."""
+    start = lab.train(run).rows("ledger")[0]
+    return start["meters"], start["rates"]
 
 
 def recording(lab: Lab) -> str:
@@ -500,4 +507,12 @@ EFFECTS: dict[str, Effect] = {
     "logging.peak_tflops": Effect(has_mfu, 0.0, 1.0),
     "logging.record_routing": Effect(files, False, True),
     "logging.replay_routing": Effect(losses, "", recording),
+    # accounting
+    "cost.region": Effect(rates_charged, "FRA", "POL"),
+    "cost.grid_gco2e_per_kwh": Effect(rates_charged, 0.0, 50.0),
+    "cost.pue": Effect(rates_charged, 1.0, 1.5),
+    "cost.price_per_hour": Effect(rates_charged, 0.0, 2.0),
+    "cost.price_per_kwh": Effect(rates_charged, 0.0, 0.3),
+    "cost.watts_per_thread": Effect(rates_charged, 3.5, 7.0),
+    "cost.powercap": Effect(rates_charged, "", lambda lab: str(powercap(lab.folder / "powercap"))),
 }

@@ -143,7 +143,17 @@ def read_json(path: Path, fields: dict[str, tuple[type, ...]] | None = None) -> 
 
 
 def read_lines(path: Path, fields: dict[str, tuple[type, ...]], key: Callable[[Json], tuple[int, ...]]) -> list[Json]:
-    """Read a JSON-lines file, last attempt of each key only, sorted by key.
+    """Read a JSON-lines file, last attempt of each key only, sorted by key. Errors as of `all_lines`."""
+    rows: dict[tuple[int, ...], Json] = {}
+    for row in all_lines(path, fields):
+        previous = rows.get(key(row))
+        if previous is None or previous["attempt"] <= row["attempt"]:
+            rows[key(row)] = row
+    return [rows[k] for k in sorted(rows)]
+
+
+def all_lines(path: Path, fields: dict[str, tuple[type, ...]]) -> list[Json]:
+    """Read a JSON-lines file, the lines of all attempts as they were written.
 
     A last line without newline that does not parse is ignored: its writer was killed. Raises UserError naming the
     line.
@@ -152,7 +162,7 @@ def read_lines(path: Path, fields: dict[str, tuple[type, ...]], key: Callable[[J
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {path.parent} is no complete run directory.") from None
-    rows: dict[tuple[int, ...], Json] = {}
+    rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -163,11 +173,8 @@ def read_lines(path: Path, fields: dict[str, tuple[type, ...]], key: Callable[[J
             if number == len(lines):
                 break
             raise UserError(f"{where}: not JSON ({error}): restore the file, or delete the line.") from error
-        row = _check(row, {"attempt": (int,), **fields}, where)
-        previous = rows.get(key(row))
-        if previous is None or previous["attempt"] <= row["attempt"]:
-            rows[key(row)] = row
-    return [rows[k] for k in sorted(rows)]
+        rows.append(_check(row, {"attempt": (int,), **fields}, where))
+    return rows
 
 
 def read_final_rows(path: Path) -> FinalRows | None:

@@ -453,6 +453,26 @@ class Logging:
 
 
 @config
+class Cost:
+    """What a run is charged for energy, carbon and time; it changes nothing in training (docs/ledger.md)."""
+
+    region: Annotated[str, MinLen(1)] = "WORLD"
+    """ISO 3166-1 alpha-3 code of the country whose electricity it is, for gCO2e per kWh; or WORLD."""
+    grid_gco2e_per_kwh: NonNegativeFloat = 0.0
+    """Carbon intensity of the electricity; 0 takes the region's."""
+    pue: Annotated[float, Ge(1)] = 1.0
+    """Power usage effectiveness: what the building draws over what its computers do."""
+    price_per_hour: NonNegativeFloat = 0.0
+    """US dollars for one device (on a CPU: one process) and hour; 0 takes the table's for that device, if it has one."""
+    price_per_kwh: NonNegativeFloat = 0.0
+    """US dollars for electricity; with this and no price_per_hour, devices are yours and cost only their energy."""
+    watts_per_thread: PositiveFloat = 3.5
+    """Power of one busy hardware thread, for the model that stands in where the processor's counters cannot be read."""
+    powercap: str = "/sys/class/powercap"
+    """Folder of the processor's energy counters (RAPL), which a container may have elsewhere; empty for the model."""
+
+
+@config
 class Run:
     """Everything that determines a training run."""
 
@@ -474,6 +494,8 @@ class Run:
     """Saving."""
     logging: Logging = Logging()
     """Reporting."""
+    cost: Cost = Cost()
+    """Accounting."""
 
 
 Json = dict[str, Any]

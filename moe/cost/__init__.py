@@ -4,8 +4,11 @@ counting    parameters, forward and training FLOPs, per component and per layer
 memory      bytes of a training step
 twin        the dense run of equal FLOPs per token
 throughput  tokens and FLOPs of a step, model FLOPs utilisation, peaks of known devices
+rates       tables: carbon of electricity by region, watts and prices of devices
+charges     from seconds and joules to kWh, carbon and money, each with how well it is known
 """
 
+from moe.cost.charges import Charge, Graded, Rates, charge, planned_charge, rates_of
 from moe.cost.counting import (
     Parameters,
     flops_by_component,
@@ -20,7 +23,11 @@ from moe.cost.throughput import flops_per_step, mfu, peak_flops, tokens_per_step
 from moe.cost.twin import dense_twin, relative_difference
 
 __all__ = [
+    "Charge",
+    "Graded",
     "Parameters",
+    "Rates",
+    "charge",
     "dense_twin",
     "flops_by_component",
     "flops_by_layer",
@@ -31,6 +38,8 @@ __all__ = [
     "moe_layers",
     "parameters",
     "peak_flops",
+    "planned_charge",
+    "rates_of",
     "relative_difference",
     "tokens_per_step",
     "train_flops_per_token",

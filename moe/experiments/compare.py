@@ -70,13 +70,13 @@ def _plan(out: Path, base: str, run: Run, arm: str, seed: int, label: str = "") 
 def _different(planned: Planned) -> list[str]:
     """Settings in which the run that is already in the directory differs from the planned one.
 
-    Not the name; and what is `auto` in the plan may have been resolved.
+    Not the name, nor what time and energy are charged at; and what is `auto` in the plan may have been resolved.
     """
     found = read_json(planned.directory / "run.json", {"run": (dict,)})["run"]
     return [
         f"{field} is {json.dumps(there)} there and {json.dumps(asked)} here"
         for field, there, asked in differences(found, _plain(planned.run))
-        if field != "name" and asked != "auto"
+        if field != "name" and not field.startswith("cost.") and asked != "auto"
     ]
 
 

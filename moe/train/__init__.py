@@ -9,6 +9,9 @@ alarms     the doctor's findings while a run trains
 replay     recording and forcing of routing
 runlog     metrics, routing, evaluations, summary
 record     run.json, attempts, memory
+ledger     what each piece of work used: seconds, joules, FLOPs, bytes
+meters     energy counters, and models where there are none
+flops      FLOPs as torch counts them
 console    what a person sees
 mirrors    Weights & Biases, TensorBoard
 """

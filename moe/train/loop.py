@@ -18,6 +18,7 @@ from moe.config.layout import resolve
 from moe.config.load import dump, load
 from moe.config.schema import Run
 from moe.cost import parameters
+from moe.cost.charges import rates_of
 from moe.data import Corpus, prepare
 from moe.errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from moe.experts import resolve_backend
@@ -27,6 +28,7 @@ from moe.train import record
 from moe.train.console import Console
 from moe.train.evaluate import EvaluationResult, evaluate
 from moe.train.health import measure, router_weights
+from moe.train.ledger import Ledger, Meters, device_name
 from moe.train.memory import require_memory
 from moe.train.mirrors import require_tensorboard
 from moe.train.replay import Recorder, Replayer
@@ -52,12 +54,13 @@ def train(run: Run, out: Path | None = None, notices: Sequence[str] = ()) -> Pat
         folder = Path(ranks.broadcast(str(out if out is not None else record.default_out(run))))
         _check(run, ranks)
         ranks.first_then_others(lambda: record.require_free(folder) if ranks.first else None)
+        running = Meters(run, ranks)
         console = _console(run, ranks, notices)
         state = _set_up(run, ranks, console)
         # the folder is claimed last, so that nothing is left behind when the settings or the data are refused
         held = ranks.first_then_others(lambda: _claim(folder, state))
         with held:
-            return Loop(state, folder, console, begin=0, overrides=[], meta={}).run()
+            return Loop(state, folder, console, running, begin=0, overrides=[], meta={}).run()
 
 
 def resume(out: Path, overrides: Sequence[str] = ()) -> Path:
@@ -72,6 +75,7 @@ def resume(out: Path, overrides: Sequence[str] = ()) -> Path:
     _refuse_changes(before, run, out)
     with _ranks(run) as ranks:
         _check(run, ranks)
+        running = Meters(run, ranks)
         found, damaged = ranks.broadcast(
             ranks.first_then_others(lambda: checkpoint.find(out) if ranks.first else (None, []))
         )
@@ -96,7 +100,7 @@ def resume(out: Path, overrides: Sequence[str] = ()) -> Path:
                 write_json(out / "run.json", {**document, "run": dump(run)})
             where = f"at step {begin}" if found else "from the start, as it has no checkpoint,"
             console.say(f"resuming {out} {where} of {run.train.steps}")
-            return Loop(state, out, console, begin=begin, overrides=list(overrides), meta=meta).run()
+            return Loop(state, out, console, running, begin=begin, overrides=list(overrides), meta=meta).run()
 
 
 def _fallen_back(damaged: checkpoint.Damaged, aside: Path, begin: int) -> str:
@@ -147,6 +151,7 @@ def _ranks(run: Run) -> Iterator[Ranks]:
 def _check(run: Run, ranks: Ranks) -> None:
     """Refuse what this machine or number of ranks cannot do, before anything is prepared or written."""
     _backend(run)
+    rates_of(run.cost, device_name(ranks.device))
     require_memory(run, ranks)
     if run.logging.tensorboard:
         require_tensorboard()
@@ -259,7 +264,15 @@ class Loop:
     """The state of a run in progress; `run` trains to the last step."""
 
     def __init__(
-        self, state: State, out: Path, console: Console, *, begin: int, overrides: list[str], meta: dict[str, Any]
+        self,
+        state: State,
+        out: Path,
+        console: Console,
+        running: Meters,
+        *,
+        begin: int,
+        overrides: list[str],
+        meta: dict[str, Any],
     ):
         self.state, self.out, self.console, self.begin = state, out, console, begin
         self.config, self.ranks = state.run, state.ranks
@@ -275,6 +288,8 @@ class Loop:
         self.saver = checkpoint.Saver(
             out, state.model, state.optimizer, self.ranks, self.config.checkpoint, console.say
         )
+        attempt = self.ranks.broadcast(self.log.attempt)
+        self.ledger = Ledger(self.config, self.ranks, out, attempt, begin, running, lambda: self.saver.bytes_written)
 
     def run(self) -> Path:
         """Train from `begin` to the last step; on a signal, save and stop."""
@@ -285,10 +300,12 @@ class Loop:
                 self.saver.finish()
         except BaseException:
             self.saver.abandon()
+            self.ledger.close()
             self.log.abandon()
             raise
         finally:
             self.console.end()
+        self.ledger.close()
         self.log.close(status, reason, step, tokens=self.tokens, seconds=self.seconds, skipped=self.skipped)
         if status == "stopped":
             raise TrainingStopped(f"{reason}; the run is in {self.out}")
@@ -302,7 +319,9 @@ class Loop:
             clock = time.perf_counter()
             routing_step = step % every == 0 or step == steps
             before = router_weights(self.state.model) if routing_step else {}
-            result = train_step(self.state, step - 1, stop=self.stop, maxima=routing_step)
+            with self.ledger.work("step", step, formula=self.ledger.step_flops) as spent:
+                result = train_step(self.state, step - 1, stop=self.stop, maxima=routing_step)
+                spent["tokens"] = result.tokens
             self._count(result, time.perf_counter() - clock)
             self.log.step(step, result, time.perf_counter() - clock, self.tokens)
             self.saver.look()
@@ -335,20 +354,24 @@ class Loop:
         evaluation, final = self.config.evaluation, step == self.config.train.steps
         if not final and not (evaluation.every_steps and step % evaluation.every_steps == 0):
             return False
-        result = self._evaluate(evaluation.rows)
+        result = self._evaluate(step, evaluation.rows)
         self.log.evaluation(step, result, final=False)
         if self.state.model.moe_layers() and evaluation.probe_rows:
-            self.log.health(step, measure(self.state, step, self.out))
+            with self.ledger.work("health", step):
+                rows = measure(self.state, step, self.out)
+            self.log.health(step, rows)
         if final:
-            self.log.evaluation(step, self._evaluate(evaluation.final_rows), final=True)
+            self.log.evaluation(step, self._evaluate(step, evaluation.final_rows), final=True)
         improved = math.isfinite(result.loss) and (self.best is None or result.loss < self.best["loss"])
         if improved:
             self.best = {"step": step, "loss": result.loss}
         return improved and self.config.checkpoint.keep_best
 
-    def _evaluate(self, rows: int) -> EvaluationResult:
+    def _evaluate(self, step: int, rows: int) -> EvaluationResult:
         micro_rows = self.config.train.micro_rows
-        return evaluate(self.state.model, self.state.corpus, self.ranks, rows=rows, micro_rows=micro_rows)
+        share = rows / self.ranks.world_size
+        with self.ledger.work("evaluate", step, units=share, formula=self.ledger.row_flops):
+            return evaluate(self.state.model, self.state.corpus, self.ranks, rows=rows, micro_rows=micro_rows)
 
     def _save_due(self, step: int) -> bool:
         every = self.config.checkpoint.every_steps
@@ -367,3 +390,4 @@ class Loop:
         }
         best = self.best["step"] if self.best is not None and self.config.checkpoint.keep_best else None
         self.saver.save(step, meta, best)
+        self.ledger.done("save", step)

@@ -32,9 +32,11 @@ class RunLog:
         self.flops_per_token = train_flops_per_token(run.model, run.data.sequence_length)
         self.peak_flops = self._peak_flops()
         self.files: dict[str, JsonLines] = {}
+        self.attempt = 0
+        """Number of this start of the run, from 1; known to rank 0."""
         if ranks.first:
-            attempt = record.begin_attempt(out, begin, ranks, overrides)
-            self.files = {name: JsonLines(out / f"{name}.jsonl", attempt) for name in NAMES}
+            self.attempt = record.begin_attempt(out, begin, ranks, overrides)
+            self.files = {name: JsonLines(out / f"{name}.jsonl", self.attempt) for name in NAMES}
             self.mirrors = Mirrors(run, out, console.say)
             self.alarms = Alarms(run, out, begin) if run.model.moe is not None else None
 
