@@ -4,8 +4,9 @@ ranks      this process's place; sums, messages, start and stop
 mesh       the process groups of a layout
 parts      what a rank holds of a parameter
 exchange   tokens to the ranks that hold their experts, and back
+watch      what every rank is doing, and the end of a run in which one does not come
 """
 
-from moe.parallel.ranks import Ranks, joined, start, stop
+from moe.parallel.ranks import Ranks, joined, start, stop, watched
 
-__all__ = ["Ranks", "joined", "start", "stop"]
+__all__ = ["Ranks", "joined", "start", "stop", "watched"]

@@ -17,9 +17,12 @@ from torch import Tensor
 from moe.config.layout import Layout
 from moe.errors import UserError
 from moe.parallel.mesh import Mesh, build
+from moe.parallel.watch import Progress, Watch
 
 Value = TypeVar("Value")
 BUCKET_ELEMENTS = 16 * 2**20
+WATCH_SECONDS = 10.0
+"""How much longer torch waits than the watch, which knows more and is to speak first."""
 SET_UP_TIMEOUT = timedelta(days=7)
 """Longest wait for rank 0 to download, tokenise and write, which may take long."""
 
@@ -37,6 +40,8 @@ class Ranks:
     """Which rank holds what; until `arranged`, every rank the whole model."""
     mesh: Mesh | None = None
     """The process groups of the layout; None for one rank."""
+    progress: Progress = field(default_factory=Progress)
+    """What this rank is doing, for whoever waits for it."""
 
     @property
     def first(self) -> bool:
@@ -142,12 +147,18 @@ def start(device: str, timeout_seconds: float = 600.0) -> Ranks:
         # after an elastic restart the store still holds the dead attempt's addresses: each attempt gets its own keys
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = dist.get_default_backend_for_device(place)
-        timeout = timedelta(seconds=timeout_seconds)
+        timeout = timedelta(seconds=timeout_seconds + WATCH_SECONDS)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     patient = dist.new_group(backend="gloo", timeout=SET_UP_TIMEOUT)
     assert isinstance(patient, dist.ProcessGroup)
     world_size = dist.get_world_size()
     return Ranks(dist.get_rank(), world_size, place, patient, Layout(replicate=world_size))
+
+
+def watched(ranks: Ranks, timeout_seconds: float) -> Watch:
+    """A watch over this rank's progress, which ends the process after so long without any; a context around training."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return Watch(ranks.progress, ranks.rank, ranks.world_size, timeout_seconds, store)
 
 
 def joined() -> bool:

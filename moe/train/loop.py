@@ -23,7 +23,7 @@ from moe.data import Corpus, prepare
 from moe.errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from moe.experts import resolve_backend
 from moe.files import write_json
-from moe.parallel import Ranks
+from moe.parallel import Ranks, watched
 from moe.train import record
 from moe.train.console import Console
 from moe.train.evaluate import EvaluationResult, evaluate
@@ -295,10 +295,12 @@ class Loop:
         """Train from `begin` to the last step; on a signal, save and stop."""
         self.console.begin(self.begin)
         try:
-            with self.stop.listening():
+            with self.stop.listening(), self._watch():
                 status, reason, step = self._steps()
-                self.saver.finish()
-        except BaseException:
+                with self.ranks.progress.unlimited("saving"):
+                    self.saver.finish()
+        except BaseException as error:
+            error.add_note(f"rank {self.ranks.rank} was in {self.ranks.progress.where()}")
             self.saver.abandon()
             self.ledger.close()
             self.log.abandon()
@@ -312,20 +314,32 @@ class Loop:
         self.console.say(f"{status} at step {step}: {self.out}" + (f" ({reason})" if reason else ""))
         return self.out
 
+    def _watch(self) -> AbstractContextManager:
+        """Looks after collectives that a rank does not come to."""
+        if self.ranks.world_size == 1:
+            return nullcontext()
+        if not self.config.train.compile:  # a compiled model is one graph, which hooks would break
+            self.ranks.progress.follow(self.state.model.layers)
+            self.state.finite.follow(self.state.model.layers)
+        return watched(self.ranks, self.config.parallel.timeout_seconds)
+
     def _steps(self) -> tuple[str, str, int]:
         """(status, reason, finished steps)."""
         steps, every = self.config.train.steps, self.config.logging.routing_every
         for step in range(self.begin + 1, steps + 1):
             clock = time.perf_counter()
             routing_step = step % every == 0 or step == steps
+            self.ranks.progress.at("router weights", step=step)
             before = router_weights(self.state.model) if routing_step else {}
             with self.ledger.work("step", step, formula=self.ledger.step_flops) as spent:
                 result = train_step(self.state, step - 1, stop=self.stop, maxima=routing_step)
                 spent["tokens"] = result.tokens
+            self.ranks.progress.at("logging", limited=False)
             self._count(result, time.perf_counter() - clock)
             self.log.step(step, result, time.perf_counter() - clock, self.tokens)
             self.saver.look()
             if routing_step:
+                self.ranks.progress.at("router weights")
                 self.log.routing(step, result, router_weights(self.state.model), before)
             if self.nonfinite_in_a_row >= self.config.train.max_nonfinite_steps:
                 return "stopped", self._nonfinite_reason(), step
@@ -369,6 +383,7 @@ class Loop:
 
     def _evaluate(self, step: int, rows: int) -> EvaluationResult:
         micro_rows = self.config.train.micro_rows
+        self.ranks.progress.at("evaluation")
         share = rows / self.ranks.world_size
         with self.ledger.work("evaluate", step, units=share, formula=self.ledger.row_flops):
             return evaluate(self.state.model, self.state.corpus, self.ranks, rows=rows, micro_rows=micro_rows)
@@ -389,5 +404,6 @@ class Loop:
             "threads": torch.get_num_threads(),
         }
         best = self.best["step"] if self.best is not None and self.config.checkpoint.keep_best else None
-        self.saver.save(step, meta, best)
+        with self.ranks.progress.unlimited("saving"):
+            self.saver.save(step, meta, best)
         self.ledger.done("save", step)

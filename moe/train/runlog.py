@@ -71,8 +71,9 @@ class RunLog:
             row["mfu"] = mfu(self.flops_per_token, speed / self.ranks.world_size, self.peak_flops)
         self._write("metrics", "", step, row)
         if result.skipped:
+            ranks = f" on rank {', '.join(map(str, result.culprits))}" if result.culprits else ""
             self.console.say(
-                f"step {step}: loss {result.loss} or gradient norm {result.grad_norm} is not finite; skipped"
+                f"step {step}: loss {result.loss} or gradient norm {result.grad_norm} is not finite{ranks}; skipped"
             )
         self.console.step(step, result.loss, result.lr, result.grad_norm, speed)
 

@@ -6,7 +6,7 @@ known before the first forward pass, so losses, gradients and statistics do not 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from moe.model import IGNORE, LayerRouting, Output, Transformer
 from moe.optim import build_optimizer, clip, gradient_norm, learning_rate
 from moe.parallel import Ranks
 from moe.routing import Selection, Tokens
+from moe.train.finite import Finite
 from moe.train.replay import Recorder, Replayer
 from moe.train.sharding import build_model, sum_gradients
 
@@ -33,6 +34,7 @@ class State:
     forward: Callable[..., Output]
     """The model, compiled if asked for."""
     optimizer: torch.optim.Optimizer
+    finite: Finite = field(default_factory=Finite)
     recorder: Recorder | None = None
     replayer: Replayer | None = None
 
@@ -48,6 +50,8 @@ class StepResult:
     tokens: int
     """Valid tokens of the step."""
     skipped: bool
+    culprits: tuple[int, ...]
+    """Ranks on which the loss or a gradient was not finite, if the step was skipped and it can be told."""
     stop: bool
     """Whether any rank was asked to stop."""
     statistics: list[tuple[int, dict[str, Tensor]]]
@@ -81,6 +85,7 @@ def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, max
     """
     run, ranks, model = state.run, state.ranks, state.model
     train = run.train
+    ranks.progress.at("data", step=step + 1)
     model.train()
     # a compiled model reports always: leaving it out in some steps would compile it twice
     measured = maxima or train.compile
@@ -92,8 +97,12 @@ def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, max
     outputs = [
         _forward_backward(state, batch, tokens, targets, step) for batch, tokens in zip(batches, inputs, strict=True)
     ]
+    not_finite = state.finite.take(model, outputs) if ranks.world_size > 1 else torch.zeros(())
+    ranks.progress.at("sum of gradients")
     sum_gradients(model, ranks)
-    loss, losses, stops, statistics = _reduce(outputs, stop(), ranks, maxima)
+    ranks.progress.at("sum of losses")
+    loss, losses, stops, culprits, statistics = _reduce(outputs, stop(), not_finite, ranks, maxima)
+    ranks.progress.at("update")
     norm = gradient_norm(model, ranks)
     grad_norm = float(norm)  # host sync: a step that is not finite must not reach the optimizer
     skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
@@ -103,7 +112,8 @@ def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, max
         for (_, layer), (_, sums) in zip(model.moe_layers(), statistics, strict=True):
             layer.update(sums)
     # host sync: a count that the log wants
-    return StepResult(loss, losses, lr, grad_norm, int(valid_tokens), skipped, stops, statistics)
+    culprits = culprits if skipped else ()
+    return StepResult(loss, losses, lr, grad_norm, int(valid_tokens), skipped, culprits, stops, statistics)
 
 
 def step_inputs(state: State, step: int, *, measured: bool = True) -> tuple[list[Batch], list[Tokens], Tensor, Tensor]:
@@ -183,10 +193,12 @@ def forward(state: State, batch: Batch, tokens: Tokens, **loss: Any) -> Output:
 
 def _forward_backward(state: State, batch: Batch, tokens: Tokens, targets: Tensor, step: int) -> Output:
     """Forward and backward of one micro-batch; returns the output without its graph."""
+    state.ranks.progress.at("forward")
     output = forward(
         state, batch, tokens, targets_BS=batch.targets_BS.to(state.ranks.device), step_targets=targets.float()
     )
     assert output.objective is not None and output.loss is not None
+    state.ranks.progress.at("backward")
     output.objective.backward()
     if state.recorder is not None:
         state.recorder.write(step, batch.row_B, batch.ids_BS.shape[1], [layer.selection for layer in output.routing])
@@ -194,12 +206,17 @@ def _forward_backward(state: State, batch: Batch, tokens: Tokens, targets: Tenso
 
 
 def _reduce(
-    outputs: list[Output], stop: bool, ranks: Ranks, maxima: bool
-) -> tuple[float, dict[str, float], bool, list[tuple[int, dict[str, Tensor]]]]:
-    """Sum losses, stop requests and statistics over micro-batches and ranks, in one collective (and one for maxima)."""
+    outputs: list[Output], stop: bool, not_finite: Tensor, ranks: Ranks, maxima: bool
+) -> tuple[float, dict[str, float], bool, tuple[int, ...], list[tuple[int, dict[str, Tensor]]]]:
+    """Sum losses, stop requests and statistics over micro-batches and ranks, in one collective (and one for maxima).
+
+    `not_finite`: whether this rank's part is not; the fourth of the results are the ranks that say so.
+    """
     names = list(outputs[0].losses)
     losses = [_sum_of([o.loss for o in outputs]), *(_sum_of([o.losses[name] for o in outputs]) for name in names)]
-    scalars = torch.stack([*losses, torch.tensor(float(stop), device=ranks.device)])
+    culprits = torch.zeros(ranks.world_size, device=ranks.device)
+    culprits[ranks.rank] = not_finite
+    scalars = torch.cat([torch.stack([*losses, torch.tensor(float(stop), device=ranks.device)]), culprits])
     keys = [(index, name) for index, layer in enumerate(outputs[0].routing) for name in layer.statistics if _sums(name)]
     parts = [_sum_of([o.routing[index].statistics[name] for o in outputs]) for index, name in keys]
     flat = ranks.sum(torch.cat([scalars.double(), *(part.double().flatten() for part in parts)]))
@@ -211,7 +228,9 @@ def _reduce(
         offset += part.numel()
     if maxima and statistics:
         _reduce_maxima([o.routing for o in outputs], statistics, ranks)
-    return values[0], dict(zip(names, values[1:-1], strict=True)), values[-1] > 0, statistics
+    count = 1 + len(names)
+    wrong = tuple(rank for rank, flag in enumerate(values[count + 1 :]) if flag)
+    return values[0], dict(zip(names, values[1:count], strict=True)), values[count] > 0, wrong, statistics
 
 
 def _reduce_maxima(
