@@ -87,6 +87,17 @@ def compare(
     jobs: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
     lr_grid: Annotated[str, typer.Option(metavar="LR,LR,...", help="learning rates to try on the dense arm")] = "",
     timing_rounds: Annotated[int, typer.Option(min=0, help="timed steps of each arm, interleaved; 0 for none")] = 20,
+    contracts: Annotated[
+        bool,
+        typer.Option("--contracts", help="train the dense twin of equal total parameters too, judge every contract"),
+    ] = False,
+    decompose: Annotated[
+        bool,
+        typer.Option("--decompose", help="train twins with a hash and a frozen random router: capacity or routing?"),
+    ] = False,
+    tune_each: Annotated[
+        bool, typer.Option("--tune-each", help="--lr-grid for every arm, not for the dense one")
+    ] = False,
 ) -> None:
     """Train a recipe and its dense twin of equal FLOPs per token on the same batches, and report which is better."""
     rates = learning_rates(lr_grid)
@@ -99,6 +110,9 @@ def compare(
         jobs=jobs,
         lr_grid=rates,
         timing_rounds=timing_rounds,
+        contracts=contracts,
+        decompose=decompose,
+        tune_each=tune_each,
         console=_lazy("rich.console", "Console")(),
     )
 

@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from moe.config.load import load
-from moe.cost import train_flops_per_token
+from moe.cost import parameters, train_flops_per_token
 from moe.errors import ConfigError, TrainingStopped, UserError
 from moe.experiments import processes
 from moe.experiments.compare import compare
 from moe.experiments.step_timing import WARMUP_STEPS, interleave
+from moe.routers.hash import Config as Hash
 
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "smoke.py")
 FAKE = (sys.executable, fake_runs.__file__)
@@ -347,3 +348,34 @@ def test_real_trainer_compares_a_tiny_recipe(tmp_path):
     assert report["timing"]["rounds"] == 2
     assert report["cautions"] == []
     assert len(report["gain"]["values"]) == 2
+
+
+# --------------------------------------------------------------------------------------------------------- contracts
+
+
+def test_contracts_are_judged_with_twins_of_their_own(start):
+    printed = start(seeds=2, contracts=True, decompose=True, timing_rounds=3)
+    report, record = read(start.out / "report.json"), read(start.out / "compare.json")
+    found = report["contracts"]
+    assert set(record["more_arms"]) == {"total", "hash", "frozen_random"}
+    assert {name for _, name in start.events("start")} >= {f"{arm}-seed1" for arm in ("total", "hash", "frozen_random")}
+    sparse, total = (load(start.out / f"{arm}-seed0.json") for arm in ("sparse", "total"))
+    assert parameters(total.model).total == pytest.approx(parameters(sparse.model).total, rel=0.005)
+    assert load(start.out / "hash-seed0.json").model.moe.router == Hash()
+    verdicts = {entry["contract"]: entry for entry in found["contracts"]}
+    assert verdicts["flops"]["from"] == "the active twin itself" and verdicts["flops"]["verdict"] == "win"
+    # the report's own gain at equal FLOPs
+    assert verdicts["flops"]["gain"]["values"] == pytest.approx(report["gain"]["values"])
+    assert verdicts["dollars"]["why"] == "a run does not know this resource"
+    assert [part["twin"] for part in found["decomposition"]] == ["hash", "frozen_random"]
+    assert any(note.startswith("At equal FLOPs: win") for note in report["verdict"]["notes"])
+    assert "At equal FLOPs: win" in printed and "Against the hash twin: capacity" in printed
+    assert (start.out / "timing_total.json").exists()
+
+
+def test_each_arm_may_have_a_learning_rate_of_its_own(start):
+    start(seeds=2, lr_grid=[0.001, 0.002], tune_each=True, modes={"sparse-lr-0.002": "stopped"})
+    rate = read(start.out / "compare.json")["learning_rate"]
+    assert rate["per_arm"]["sparse"] == 0.001
+    assert load(start.out / "dense-seed1.json").train.optimizer.lr == rate["value"] == rate["per_arm"]["dense"]
+    assert not any("optimizer.lr" in caution for caution in read(start.out / "report.json")["cautions"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moe.analysis import html, plots
+from moe.analysis.contract_report import describe, judge_comparison
 from moe.analysis.paired import Interval, evaluation_noise, paired_gain
 from moe.analysis.rows import Json, RunRows, read_json, read_run
 from moe.analysis.summaries import arm_summary, cautions, differences, finite, routing_health, timing_summary
@@ -274,6 +275,7 @@ def _comparison(directory: Path) -> Json:
         },
     )
     timed = timing_summary(timing) if timing else None
+    judged = judge_comparison(directory) if comparison.get("more_arms") else None
     return {
         "kind": "comparison",
         "title": f"Sparse against dense: {comparison.get('recipe') or directory.name}",
@@ -283,8 +285,9 @@ def _comparison(directory: Path) -> Json:
         "verdict": {
             "name": gain.verdict,
             "sentence": verdict_sentence(comparison["contract"], gain),
-            "notes": [_speed_in_short(timed)],
+            "notes": [_speed_in_short(timed), *(describe(judged).splitlines() if judged else ())],
         },
+        "contracts": judged,
         "cautions": cautions(arms, summaries, comparison.get("learning_rate")),
         "jobs": jobs,
         "arms": summaries,

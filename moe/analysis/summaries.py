@@ -148,7 +148,9 @@ def cautions(arms: dict[str, list[RunRows]], summaries: Sequence[Json], learning
     found = []
     for sparse, dense in zip(arms["sparse"], arms["dense"], strict=True):
         pair = f"{sparse.path.name} and {dense.path.name}"
-        other = [name for name, *_ in differences(sparse.config, dense.config) if not belongs_to_arm(name)]
+        own = ("train.optimizer.lr",) if (learning_rate or {}).get("per_arm") else ()
+        found_here = [name for name, *_ in differences(sparse.config, dense.config)]
+        other = [name for name in found_here if not belongs_to_arm(name) and name not in own]
         if other:
             found.append(f"{pair} differ in more than the expert layers: {', '.join(other)}.")
         if sparse.summary["tokens"] != dense.summary["tokens"]:

@@ -2,7 +2,7 @@
 
 counting    parameters, forward and training FLOPs, per component and per layer
 memory      bytes of a training step
-twin        the dense run of equal FLOPs per token
+twin        the dense runs of equal FLOPs per token, and of equal parameters in all
 throughput  tokens and FLOPs of a step, model FLOPs utilisation, peaks of known devices
 rates       tables: carbon of electricity by region, watts and prices of devices
 charges     from seconds and joules to kWh, carbon and money, each with how well it is known
@@ -20,7 +20,7 @@ from moe.cost.counting import (
 )
 from moe.cost.memory import memory_bytes
 from moe.cost.throughput import flops_per_step, mfu, peak_flops, tokens_per_step
-from moe.cost.twin import dense_twin, relative_difference
+from moe.cost.twin import dense_total_twin, dense_twin, relative_difference
 
 __all__ = [
     "Charge",
@@ -28,6 +28,7 @@ __all__ = [
     "Parameters",
     "Rates",
     "charge",
+    "dense_total_twin",
     "dense_twin",
     "flops_by_component",
     "flops_by_layer",

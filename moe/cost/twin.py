@@ -1,10 +1,10 @@
-"""The dense twin: the same run without experts, at equal FLOPs per token."""
+"""The dense twins: the same run without experts, at equal FLOPs per token, or with as many parameters in all."""
 
 from dataclasses import replace
 
 from moe.config.schema import Model, Run, expert_widths, ffn_hidden
 from moe.config.words import typed
-from moe.cost.counting import flops_by_layer, moe_layers, train_flops_per_token
+from moe.cost.counting import flops_by_layer, moe_layers, parameters, train_flops_per_token
 from moe.errors import ConfigError
 
 TOLERANCE = 0.005
@@ -33,6 +33,28 @@ def dense_twin(run: Run) -> Run:
     return replace(run, name=f"{run.name}-dense", model=model, logging=logging)
 
 
+def dense_total_twin(run: Run) -> Run:
+    """The run with a dense FFN in each expert layer's place, of the parameters of router and experts together.
+
+    Everything else stays, as in `dense_twin`. Raises ConfigError if there is no expert layer, or if multiples of 8 do not come
+    within 0.5 % of the parameters.
+    """
+    if not moe_layers(run.model):
+        raise ConfigError(f"{run.name} has no expert layer, so it has no twin of equal total parameters")
+    wanted = parameters(run.model)
+    layer = wanted.layers[moe_layers(run.model)[0]]
+    exact = sum(layer.get(name, 0) for name in ("router", "experts", "latent", "shared")) / (3 * run.model.dim)
+    model = _spread(run.model, exact)
+    difference = parameters(model).total / wanted.total - 1
+    if abs(difference) > TOLERANCE:
+        raise ConfigError(
+            f"the dense twin must have the parameters of {run.name} to {TOLERANCE:.1%}, but its FFN of hidden size "
+            f"{exact:.0f}, rounded to multiples of {MULTIPLE}, differs by {difference:+.2%}: use more or wider experts"
+        )
+    logging = replace(run.logging, record_routing=False, replay_routing="")
+    return replace(run, name=f"{run.name}-dense-total", model=model, logging=logging)
+
+
 def relative_difference(run: Run, twin: Run) -> float:
     """Training FLOPs per token of the twin over the run's, minus 1; scores counted under the causal mask."""
     return _difference(run.model, twin.model, run.data.sequence_length)
@@ -52,9 +74,15 @@ def _densify(model: Model, sequence_length: int) -> Model:
     twin = _with_widths(model, dict.fromkeys(layers, uniform))
     if abs(_difference(model, twin, sequence_length)) <= TOLERANCE or exact < MULTIPLE:
         return twin
+    return _spread(model, exact)
+
+
+def _spread(model: Model, exact: float) -> Model:
+    """The dense model whose former expert layers have this F on average, in multiples of 8, evenly over the depth."""
+    layers = moe_layers(model)
     lower = MULTIPLE * int(exact / MULTIPLE)
     wider = int(len(layers) * (exact - lower) / MULTIPLE + 0.5)
-    # Evenly over the depth: layer i of n is wider where i·wider/n passes a whole number.
+    # Layer i of n is wider where i·wider/n passes a whole number.
     steps = [(i + 1) * wider // len(layers) - i * wider // len(layers) for i in range(len(layers))]
     return _with_widths(model, {layer: lower + MULTIPLE * step for layer, step in zip(layers, steps, strict=True)})
 

@@ -1,4 +1,4 @@
-"""A recipe against its dense twin: train both arms for every seed through the trainer's own entry, time them, report.
+"""A recipe against its dense twins: train every arm for every seed through the trainer's own entry, time them, report.
 
 Everything is a file in one directory: `<arm>-seed<n>.json` (config), `.log`, the run directories, compare.json,
 timing.json. Doing the same again reuses finished runs and resumes the others.
@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from moe.analysis.contract_report import ROUTERLESS, describe
 from moe.analysis.report import build_report
 from moe.analysis.rows import read_json, read_run
 from moe.analysis.summaries import differences
-from moe.config.load import dump, load
+from moe.config.load import dump, load, resolve_router
 from moe.config.schema import MoE, Run, ffn_hidden
-from moe.cost import dense_twin, relative_difference, train_flops_per_token
+from moe.cost import dense_total_twin, dense_twin, relative_difference, train_flops_per_token
 from moe.errors import ConfigError, TrainingStopped, UserError
 from moe.experiments.processes import Job, cpu_count, log_tail, run_jobs
 from moe.files import write_json
@@ -183,14 +184,20 @@ def find_rate(plans: dict[float, Planned], *, jobs: int, command: Sequence[str],
 
 
 def time_steps(
-    out: Path, sparse: Planned, dense: Planned, rounds: int, command: Sequence[str], say: Callable[[str], None]
+    out: Path,
+    sparse: Planned,
+    dense: Planned,
+    rounds: int,
+    command: Sequence[str],
+    say: Callable[[str], None],
+    name: str = "timing",
 ) -> None:
-    """Write timing.json by the interleaved timing, unless it is there for these configs and rounds."""
-    target, threads = out / "timing.json", cpu_count()
+    """Write <name>.json by the interleaved timing, unless it is there for these configs and rounds."""
+    target, threads = out / f"{name}.json", cpu_count()
     key = hashlib.sha256(sparse.config.read_bytes() + dense.config.read_bytes() + f"{rounds} {threads}".encode())
     fingerprint = key.hexdigest()[:16]
     if target.exists() and read_json(target).get("fingerprint") == fingerprint:
-        say("timing: already measured, reused")
+        say(f"{name}: already measured, reused")
         return
     target.unlink(missing_ok=True)
     files = (str(sparse.config), str(dense.config), str(target))
@@ -199,9 +206,9 @@ def time_steps(
     def check(job: Job, code: int, seconds: float) -> None:
         if code or not target.exists():
             raise TrainingStopped(f"the timing failed (exit code {code}); the end of {job.log}:\n{log_tail(job.log)}")
-        say(f"timing: {rounds} rounds of both arms in {seconds:.0f} s")
+        say(f"{name}: {rounds} rounds of both arms in {seconds:.0f} s")
 
-    run_jobs([Job("timing", (*command, *files, *options), out / "timing.log")], 1, check)
+    run_jobs([Job(name, (*command, *files, *options), out / f"{name}.log")], 1, check)
     write_json(target, {**read_json(target), "fingerprint": fingerprint})
 
 
@@ -260,6 +267,44 @@ def _load(recipe: str, overrides: list[str], jobs: int, say: Callable[[str], Non
     return replace(run, train=replace(run.train, threads=threads))
 
 
+def _arms(sparse: Run, contracts: bool, decompose: bool) -> dict[str, Run]:
+    """What is trained: the recipe, its dense twin, and with `contracts` or `decompose` the twins that those need."""
+    arms = {"sparse": sparse, "dense": dense_twin(sparse)}
+    if contracts:
+        arms["total"] = dense_total_twin(sparse)
+    moe = sparse.model.moe
+    assert moe is not None
+    for name in ROUTERLESS if decompose else ():
+        router = resolve_router(name).Config()
+        router.check(num_experts=moe.num_experts, top_k=moe.top_k)
+        arms[name] = replace(sparse, model=replace(sparse.model, moe=replace(moe, router=router)))
+    return arms
+
+
+def _tuned(
+    arms: dict[str, Run],
+    rates: list[float],
+    each: bool,
+    plan: Callable[[Run, str, str], Planned],
+    find: Callable[[dict[float, Planned]], Json],
+) -> tuple[dict[str, Run], Json, dict[str, str]]:
+    """The arms at their learning rates, what is said of those, and the run that each tuned arm already has with the first seed."""
+    tuned, labels, rate = dict(arms), {}, {"value": arms["sparse"].train.optimizer.lr, "found_by": "the recipe"}
+    for arm in (arms if each else ("dense",)) if rates else ():
+        prefix = "" if arm == "dense" else f"{arm}-"
+        plans = {lr: plan(_with_rate(arms[arm], lr), arm, f"{prefix}lr-{lr:g}") for lr in rates}
+        found = find(plans)
+        tuned[arm], labels[arm] = _with_rate(arms[arm], found["value"]), plans[found["value"]].directory.name
+        rate = found if arm == "dense" else rate
+    if rates and each:
+        rate["per_arm"] = {arm: run.train.optimizer.lr for arm, run in tuned.items()}
+        rate["found_by"] = "lowest final loss of each arm with the first seed"
+    elif rates:
+        tuned = {arm: _with_rate(run, rate["value"]) for arm, run in arms.items()}
+        rate["found_by"] = "lowest final loss of the dense arm with the first seed"
+    return tuned, rate, labels
+
+
 def compare(
     recipe: str,
     *,
@@ -270,14 +315,18 @@ def compare(
     lr_grid: list[float],
     timing_rounds: int,
     console: Console,
+    contracts: bool = False,
+    decompose: bool = False,
+    tune_each: bool = False,
     train_command: Sequence[str] = TRAIN,
     timing_command: Sequence[str] = TIMING,
 ) -> Path:
     """Compare a sparse recipe with its dense twin over paired seeds; returns the path of report.html.
 
     `seeds` is a count, from the recipe's own seed on, or a list. With `lr_grid`, the shared learning rate is the one at
-    which the dense arm ends best with the first seed. Raises UserError for what the user can correct, TrainingStopped
-    if a run fails.
+    which the dense arm ends best with the first seed, with `tune_each` each arm's own is. `contracts` trains the dense twin of
+    equal total parameters too, `decompose` twins whose router learns nothing; both end in the report.
+    Raises UserError for what the user can correct, TrainingStopped if a run fails.
     """
 
     def say(line: str) -> None:
@@ -286,20 +335,20 @@ def compare(
     _check_arguments(range(seeds) if isinstance(seeds, int) else seeds, jobs, lr_grid, timing_rounds)
     sparse = _load(recipe, overrides, jobs, say)
     numbers = [sparse.seed + i for i in range(seeds)] if isinstance(seeds, int) else list(seeds)
-    dense, base = dense_twin(sparse), sparse.name
+    arms, base = _arms(sparse, contracts, decompose), sparse.name
     out.mkdir(parents=True, exist_ok=True)
-    rate: Json = {"value": sparse.train.optimizer.lr, "found_by": "the recipe"}
-    reused: dict[tuple[str, int], str] = {}
-    if lr_grid:
-        plans = {lr: _plan(out, base, _with_rate(dense, lr), "dense", numbers[0], f"lr-{lr:g}") for lr in lr_grid}
-        rate = find_rate(plans, jobs=jobs, command=train_command, say=say)
-        rate["found_by"] = f"lowest final loss of the dense arm with seed {numbers[0]}"
-        reused["dense", numbers[0]] = plans[rate["value"]].directory.name
-    arms = {"sparse": _with_rate(sparse, rate["value"]), "dense": _with_rate(dense, rate["value"])}
+    arms, rate, reused = _tuned(
+        arms,
+        lr_grid,
+        tune_each,
+        lambda run, arm, label: _plan(out, base, run, arm, numbers[0], label),
+        lambda plans: find_rate(plans, jobs=jobs, command=train_command, say=say),
+    )
     plans_by_arm = {
-        arm: [_plan(out, base, run, arm, seed, reused.get((arm, seed), "")) for seed in numbers]
+        arm: [_plan(out, base, run, arm, seed, reused.get(arm, "") if seed == numbers[0] else "") for seed in numbers]
         for arm, run in arms.items()
     }
+    names = {arm: [planned.directory.name for planned in plans] for arm, plans in plans_by_arm.items()}
     record = {
         "schema_version": 1,
         "contract": CONTRACT,
@@ -308,18 +357,25 @@ def compare(
         "command": _command_line(),
         "seeds": numbers,
         "jobs": jobs,
-        "arms": {arm: [planned.directory.name for planned in plans] for arm, plans in plans_by_arm.items()},
+        "arms": {arm: names.pop(arm) for arm in ("sparse", "dense")},
+        "more_arms": names,
         "twin": _twin_record(arms["sparse"], arms["dense"]),
         "learning_rate": rate,
     }
-    for planned in [*plans_by_arm["sparse"], *plans_by_arm["dense"]]:
+    for planned in [planned for plans in plans_by_arm.values() for planned in plans]:
         state_of(planned)  # what is refused is refused before the comparison's own record changes
     write_json(out / "compare.json", record)
-    pairs = zip(plans_by_arm["sparse"], plans_by_arm["dense"], strict=True)
-    train([planned for pair in pairs for planned in pair], jobs=jobs, command=train_command, say=say)
+    by_seed = zip(*plans_by_arm.values(), strict=True)
+    train([planned for plans in by_seed for planned in plans], jobs=jobs, command=train_command, say=say)
     if timing_rounds:
         time_steps(out, plans_by_arm["sparse"][0], plans_by_arm["dense"][0], timing_rounds, timing_command, say)
+    if timing_rounds and contracts:
+        total, dense = plans_by_arm["total"][0], plans_by_arm["dense"][0]
+        time_steps(out, total, dense, timing_rounds, timing_command, say, name="timing_total")
     page = build_report(out)
-    say(read_json(out / "report.json")["verdict"]["sentence"])
+    report = read_json(out / "report.json")
+    say(report["verdict"]["sentence"])
+    if report["contracts"]:
+        say(describe(report["contracts"]))
     say(f"report: {page}")
     return page
