@@ -97,7 +97,8 @@ def routing_row(statistics: dict[str, np.ndarray]) -> dict[str, Any]:
     """The logged fields of one layer and step from its statistics summed over micro-batches and ranks.
 
     statistics: counts_E and kept_E (rows chosen and rows left after drops), share_sum_E, entropy_sum, margin_sum,
-    token_sum, logit_square_sum, lse_square_sum, logit_max (moe/balance.py).
+    token_sum, logit_square_sum, lse_square_sum, logit_max (moe/balance.py); with expert parallelism sent_bytes and
+    undelivered_rows (moe/parallel/exchange.py).
     """
     counts_E = statistics["counts_E"].astype(float)
     rows, E = counts_E.sum(), len(counts_E)
@@ -107,7 +108,7 @@ def routing_row(statistics: dict[str, np.ndarray]) -> dict[str, Any]:
     log_E = math.log(E) if E > 1 else 1.0
     score_E = statistics["share_sum_E"].astype(float) / tokens
     token_entropy = float(statistics["entropy_sum"]) / tokens
-    return {
+    fields = {
         "counts": [int(count) for count in counts_E],
         "tokens": int(statistics["token_sum"]),
         "tokens_per_expert": float(rows / E),
@@ -128,6 +129,10 @@ def routing_row(statistics: dict[str, np.ndarray]) -> dict[str, Any]:
         "logsumexp_square": float(statistics["lse_square_sum"]) / tokens,
         "margin": float(statistics["margin_sum"]) / tokens,
     }
+    if "sent_bytes" in statistics:
+        fields["sent_bytes"] = int(statistics["sent_bytes"])
+        fields["undelivered"] = float(statistics["undelivered_rows"]) / max(rows, 1)
+    return fields
 
 
 def router_weight_row(weight_ED: np.ndarray, before_ED: np.ndarray) -> dict[str, float]:

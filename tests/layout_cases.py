@@ -3,21 +3,26 @@
 Float64, unequal padding and targets per rank: what a rank sends, gets and holds differs, and nothing else may.
 """
 
+import itertools
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import Mock, patch
 
 import torch
 from rank_cases import ROUTERS, ROWS, difference, health, run_of, steps
 
 from moe import parallel
 from moe.config.layout import resolve
-from moe.config.schema import Balance, Parallel, Run
+from moe.config.schema import AdamW, Balance, Parallel, Run
 from moe.parallel import Ranks
+from moe.routers._scores import linear_logits
 from moe.routers.topk import Config as TopK
 
+LONG = 20
+"""Steps of a run in single precision."""
 LAYOUTS = {
     2: [
         Parallel(replicate=2),
@@ -63,9 +68,46 @@ def compare(run: Run, ranks: Ranks, alone: Ranks) -> dict[str, float]:
     }
 
 
+def single_precision(started: Ranks) -> dict[str, dict[str, float | str]]:
+    """20 steps in float32 of every layout × accumulation × recomputation, clipped; and 3 in bfloat16."""
+    alone, rows = Ranks(0, 1, started.device), {}
+    base = run_of(ROUTERS["global"], ROWS, False)
+    base = replace(base, train=replace(base.train, clip_norm=1.0, optimizer=AdamW(lr=1e-3), steps=LONG))
+    for precision, count in (("float32", LONG), ("bfloat16", 3)):
+        run = replace(base, train=replace(base.train, precision=precision))
+        expected = steps(run, alone, count, dtype=None)
+        for layout in LAYOUTS[started.world_size]:
+            ranks = started.arranged(
+                resolve(replace(run, parallel=layout, train=replace(run.train, micro_rows=1)), started.world_size)
+            )
+            share = ROWS // ranks.layout.data_ranks
+            for parts, recompute in itertools.product((1, 2) if share > 1 else (1,), (False, True)):
+                train = replace(run.train, micro_rows=share // parts, activation_checkpointing=recompute)
+                with patch("moe.routers.topk.linear_logits", seen := Mock(wraps=linear_logits)):
+                    ours = steps(replace(run, parallel=layout, train=train), ranks, count, dtype=None)
+                dtype = linear_logits(*seen.call_args.args).dtype
+                pairs = zip(ours.losses, expected.losses, strict=True)
+                moved = torch.cat([(ours.values[k] - v).flatten() for k, v in expected.values.items()]).norm()
+                rows[f"{precision} {name_of(layout)} parts={parts} recompute={recompute}"] = {
+                    "losses": max(
+                        abs(a - b) / abs(b) for ours_, theirs in pairs for a, b in zip(ours_, theirs, strict=True)
+                    ),
+                    "first gradients": max(difference(ours.first[k], v) for k, v in expected.first.items()),
+                    "parameters": (moved / torch.cat([v.flatten() for v in expected.values.values()]).norm()).item(),
+                    "router dtype": str(dtype),
+                }
+    return rows
+
+
 def main() -> None:
-    """Every layout with several routers, accumulation, recomputation and clipping."""
+    """Every layout with several routers, accumulation, recomputation and clipping; `single` for single precision."""
     started = parallel.start("cpu")
+    if "single" in sys.argv:
+        rows = single_precision(started)
+        if started.first:
+            json.dump(rows, sys.stdout)
+        parallel.stop()
+        return
     alone = Ranks(0, 1, started.device)
     rows = {}
     routers = {"global": ROUTERS["global"], "loss_free": ROUTERS["loss_free"], "drops": TopK(capacity_factor=0.8)}

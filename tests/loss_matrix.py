@@ -15,8 +15,9 @@ import torch
 from rank_cases import ROWS, difference, run_of, steps
 
 from moe import parallel
+from moe.config.layout import resolve
 from moe.config.load import known_routers, resolve_router
-from moe.config.schema import Balance, RouterConfig
+from moe.config.schema import Balance, Parallel, RouterConfig
 from moe.errors import ConfigError
 from moe.parallel import Ranks
 from moe.routers.loss_free import Config as LossFree
@@ -89,10 +90,24 @@ def matrix(ranks: Ranks) -> dict[str, dict[str, float]]:
     return rows
 
 
+def spread(started: Ranks) -> dict[str, dict[str, float]]:
+    """Every case with parameters cut over two ranks, with experts on two ranks, and with both."""
+    alone = Ranks(0, 1, started.device)
+    layouts = [Parallel(shard=2), Parallel(expert=2, dispatch="rows"), Parallel(shard=2, expert=2)]
+    arranged = [started.arranged(resolve(replace(run_of(LossFree(), 4, False), parallel=one), 2)) for one in layouts]
+    rows: dict[str, dict[str, float]] = {}
+    for name, config in [*cases(), *state_cases()]:
+        expected = steps(run_of(config, ROWS, False), alone, 2)
+        for layout, ranks in zip(layouts, arranged, strict=True):
+            run = replace(run_of(config, ROWS // 4, layout.expert > 1), parallel=layout)
+            rows[f"{name}: shard {layout.shard}, expert {layout.expert}"] = compared(steps(run, ranks, 2), expected)
+    return rows
+
+
 def main() -> None:
-    """Print the matrix of these ranks."""
+    """Print the matrix of these ranks; `spread` for that of two ranks that hold different parameters."""
     ranks = parallel.start("cpu")
-    rows = matrix(ranks)
+    rows = spread(ranks) if "spread" in sys.argv else matrix(ranks)
     if ranks.first:
         json.dump(rows, sys.stdout)
     parallel.stop()

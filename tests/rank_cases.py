@@ -86,14 +86,17 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def steps(run: Run, ranks: Ranks, count: int = STEPS) -> SimpleNamespace:
-    """Losses, norms, gradients of the last step, loads and router state of a few optimizer steps."""
-    model = build_model(run, ranks, dtype=torch.float64)
+def steps(run: Run, ranks: Ranks, count: int = STEPS, *, dtype: torch.dtype | None = torch.float64) -> SimpleNamespace:
+    """Losses, norms, gradients of the first and the last step, loads and router state of a few optimizer steps."""
+    model = build_model(run, ranks, dtype=dtype)
     state = State(run, ranks, UnevenCorpus(), model, model, build_optimizer(model, run.train.optimizer))
-    results = [train_step(state, step, maxima=True) for step in range(count)]
+    results = [train_step(state, 0, maxima=True)]
+    first = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+    results += [train_step(state, step, maxima=True) for step in range(1, count)]
     return SimpleNamespace(
         losses=[[r.loss, r.grad_norm, *r.losses.values()] for r in results],
         loads=[[s[k].tolist() for k in sorted(s) if k not in COSTS] for r in results for _, s in r.statistics],
+        first=first,
         grads={name: whole(p.grad).clone() for name, p in model.named_parameters()},
         values={name: whole(p.detach()).clone() for name, p in model.named_parameters()},
         buffers=dict(model.named_buffers()),

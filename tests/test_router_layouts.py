@@ -45,6 +45,15 @@ def test_state_after_twenty_steps_is_the_same(name):
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
+def test_every_loss_with_spread_parameters():
+    found = json.loads(torchrun(2, str(Path(__file__).parent / "loss_matrix.py"), "spread", timeout=900))
+    assert len(found) == 3 * (len(list(cases())) + len(list(state_cases())))
+    wrong = {case: errors for case, errors in found.items() if max(errors.values()) >= 1e-10}
+    assert not wrong
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_loss_in_every_layout(ranks):
     found = json.loads(torchrun(ranks, str(Path(__file__).parent / "loss_matrix.py"), timeout=900))

@@ -113,7 +113,7 @@ class Experts(nn.Module):
             return self._compute(x_TD, dispatch)
         arrival = arrival if arrival is not None else self.exchange.start(x_TD, dispatch, training=self.training)
         y_UD = self._compute(arrival.units_UD, self.exchange.local(arrival, dispatch))
-        return self.exchange.finish(y_UD, arrival)
+        return self.exchange.finish(y_UD, arrival, x_TD.shape[0])
 
     def _compute(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
         """The backend over this rank's experts."""

@@ -103,11 +103,12 @@ class Exchange:
             weight_on=dispatch.weight_on,
         )
 
-    def finish(self, y_UD: Tensor, arrival: Arrival) -> Tensor:
+    def finish(self, y_UD: Tensor, arrival: Arrival, num_tokens: int) -> Tensor:
         """Send the experts' sums home and add them per token: y_UD [units here, D] to y_TD, in its type."""
         home = arrival.home
         back_UD = _travel(y_UD, home.received, home.sent, self.group)
-        return _SumRows.apply(back_UD, home.token_U, home.order_U, home.offsets_T1)
+        y_TD = _SumRows.apply(back_UD, home.token_U, home.order_U, home.offsets_T1)
+        return y_TD if y_TD.shape[0] == num_tokens else y_TD[:num_tokens]
 
     # ------------------------------------------------------------------------------------------------------- sizes read
 
@@ -168,6 +169,8 @@ class Exchange:
     # ------------------------------------------------------------------------------------------------------ fixed sizes
 
     def _start_fixed(self, x_TD: Tensor, dispatch: Dispatch) -> Arrival:
+        if x_TD.shape[0] == 0:
+            x_TD = nn.functional.pad(x_TD, (0, 0, 0, 1))  # a place that empty slots can point to
         T, E, rows = x_TD.shape[0], self.num_experts, dispatch.token_P.shape[0]
         device = x_TD.device
         slots = max(1, math.ceil(self.capacity_factor * rows / E - 1e-9))
@@ -180,7 +183,7 @@ class Exchange:
         token_S = nn.functional.pad(dispatch.token_P, (0, 1), value=T).index_select(0, row_S)
         weight_S = nn.functional.pad(dispatch.weight_P, (0, 1)).index_select(0, row_S)
         order_S, offsets = _by_token(token_S, T + 1)
-        token_S = token_S.clamp(max=max(T - 1, 0))
+        token_S = token_S.clamp(max=T - 1)
         x_SD = _TakeRows.apply(x_TD, token_S, order_S, offsets[: T + 1])
         equal = [self.local_experts * slots] * self.ranks
         counts_NG = dispatch.counts_E.clamp(max=slots).view(self.ranks, self.local_experts)
