@@ -52,11 +52,15 @@ def root(context: typer.Context) -> None:
 
 
 @app.command()
-def show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Print the resolved settings, parameters, FLOPs, memory and layers of a run."""
+def show(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    ranks: Annotated[int, typer.Option(min=0, help="processes; 0: the fewest that the parallel.* sizes need")] = 0,
+) -> None:
+    """Print the resolved settings, parameters, FLOPs, layout, memory per rank and layers of a run."""
     notices: list[str] = []
     run = _lazy("moe.config.load", "load")(recipe, overrides or [], notices=notices)
-    _lazy("moe.show", "show")(run, notices)
+    _lazy("moe.show", "show")(run, notices, ranks)
 
 
 @app.command()
@@ -382,6 +386,25 @@ def profile(
     """Count an expert layer's kernels: FLOPs, bytes, predicted time on a chip, what the compiler made of them."""
     _lazy("moe.profile", "profile")(
         target, overrides or [], chip=chip, routing=routing, out=plot, as_json=json, trace=trace
+    )
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs to train on")] = 8,
+    gpu: Annotated[str, typer.Option(help="kind of GPU: a100, h100, h200, b200, mi300x")] = "h100",
+    network: Annotated[
+        float, typer.Option(min=0, metavar="GB/S", help="of each GPU to other nodes; 0: as the vendor builds it")
+    ] = 0.0,
+    imbalance: Annotated[float, typer.Option(min=1, help="rows of the fullest rank over the mean")] = 1.0,
+    top: Annotated[int, typer.Option(min=1, help="layouts to print")] = 5,
+    json: JsonOption = False,
+) -> None:
+    """Choose a layout for so many GPUs: memory, traffic, step time and what to type, predicted without any."""
+    _lazy("moe.plan", "plan")(
+        recipe, overrides or [], gpus=gpus, gpu=gpu, network=network, imbalance=imbalance, top=top, as_json=json
     )
 
 

@@ -9,28 +9,47 @@ from rich.console import Console
 from rich.table import Table
 
 from moe import cost
+from moe.config.layout import Layout, resolve
 from moe.config.load import dump, resolve_router, router_name
 from moe.config.schema import GroupedQueryAttention, Model, Run, balances, expert_widths, ffn_hidden, is_moe_layer
 from moe.config.words import dotted, typed
-from moe.train.step import needs_first_pass
+from moe.cost.shares import needs_first_pass, stage_blocks, stage_parameters
 
 MIN_WIDTH = 110
 """Columns below which the table of layers would break its cells."""
 
 
-def show(run: Run, notices: list[str]) -> None:
-    """Print a run's plan; every line under `settings` can be typed as an override."""
+def show(run: Run, notices: list[str], ranks: int = 0) -> None:
+    """Print a run's plan; every line under `settings` can be typed as an override.
+
+    ranks: processes to lay the run out over, 0 for the fewest that its `parallel` sizes need. Raises ConfigError for a
+    layout that breaks a rule.
+    """
+    layout = resolve(run, ranks or fewest_ranks(run))
     console = Console()
     console.width = max(console.width, MIN_WIDTH)
-    for text in [*notices, *warnings(run)]:
+    for text in [*notices, *warnings(run, layout)]:
         console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
     console.print("settings", style="bold")
     for line in settings(dump(run)):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-    for title, rows in (("size", _size(run)), ("cost", _cost(run)), ("memory", _memory(run)), ("router", _router(run))):
+    for title, rows in (
+        ("size", _size(run)),
+        ("cost", _cost(run)),
+        ("layout", _layout(run, layout)),
+        ("memory per rank" if layout.world_size > 1 else "memory", _memory(run, layout)),
+        ("router", _router(run)),
+    ):
         if rows:
             console.print(_pairs(title, rows))
     console.print(_layers(run))
+
+
+def fewest_ranks(run: Run) -> int:
+    """Processes that the sizes in `parallel` ask for, with as few copies as the expert group allows."""
+    sizes = run.parallel
+    copies = sizes.replicate or max(1, sizes.expert // (sizes.shard * sizes.context))
+    return sizes.pipeline * copies * sizes.shard * sizes.context * sizes.tensor
 
 
 def settings(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[str]:
@@ -45,7 +64,7 @@ def settings(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[str]:
         yield f"{dotted(path)}={typed(value)}"
 
 
-def warnings(run: Run) -> list[str]:
+def warnings(run: Run, layout: Layout) -> list[str]:
     """What the user should know of a valid run: a router that sees the future, a first pass that costs time."""
     moe = run.model.moe
     if moe is None:
@@ -56,7 +75,7 @@ def warnings(run: Run) -> list[str]:
             f"router {router_name(moe.router)} is not causal: which experts a token gets depends on later tokens of "
             "its row, so the training loss is a little too good, and generation routes otherwise"
         )
-    if needs_first_pass(run, data_ranks=1):
+    if needs_first_pass(run, layout.data_ranks):
         texts.append(
             "balance scope global over several micro-batches needs a first forward pass without gradient, for the "
             "counts: about a third more FLOPs; micro_rows=batch_rows or scope=sequence does without"
@@ -99,8 +118,41 @@ def _cost(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def _memory(run: Run) -> list[tuple[str, str]]:
-    parts = cost.memory_bytes(run)
+def _layout(run: Run, layout: Layout) -> list[tuple[str, str]]:
+    """Sizes, and where each group of parameters is; nothing for one rank."""
+    if layout.world_size == 1:
+        return []
+    held = [part for blocks in stage_blocks(run.model.num_layers, 1) for part in stage_parameters(run.model, blocks)]
+    matrices, whole, experts = (sum(getattr(part, name) for part in held) for name in ("matrices", "whole", "experts"))
+    copies = layout.stage_ranks // (layout.tensor * layout.dense_shards)
+    stages = f"; blocks of {layout.pipeline} stages" if layout.pipeline > 1 else ""
+    rows = [
+        ("ranks", f"{layout.world_size}: {layout.describe()}"),
+        ("rows per pass", f"{run.train.micro_rows} on each of {layout.data_ranks} ranks that see different rows"),
+        (
+            "matrices",
+            _placed(matrices, {"shard · context": layout.dense_shards, "tensor": layout.tensor}, copies) + stages,
+        ),
+        ("norms, biases, routers", f"{_number(whole)}: whole on every rank, in float32{stages}"),
+    ]
+    if experts:
+        cuts = {"expert": layout.expert, "expert_shard": layout.expert_shard}
+        rows.append(("experts", _placed(experts, cuts, layout.expert_replicate) + stages))
+    return rows
+
+
+def _placed(number: int, cuts: dict[str, int], copies: int) -> str:
+    """How many parameters, how they are cut, and what a rank holds."""
+    parts = [f"{count} over {name}" for name, count in cuts.items() if count > 1]
+    pieces = 1
+    for count in cuts.values():
+        pieces *= count
+    cut = f"cut into {' times '.join(parts)}, " if parts else "whole on every rank, "
+    return f"{_number(number)}: {cut}{copies} cop{'y' if copies == 1 else 'ies'}, {_number(number / pieces)} on a rank"
+
+
+def _memory(run: Run, layout: Layout) -> list[tuple[str, str]]:
+    parts = {name: value for name, value in cost.memory_bytes(run, layout).items() if value}
     rows = [(name.replace("_", " "), value) for name, value in parts.items()]
     return [(name, f"{value / 2**20:,.1f} MiB") for name, value in [("all", sum(parts.values())), *rows]]
 

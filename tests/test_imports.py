@@ -21,7 +21,7 @@ LAYERS = (
     ("moe.__main__",),
     ("moe.cli",),
     ("moe.evaluation",),
-    ("moe.experiments", "moe.show", "moe.profile", "moe.generate"),
+    ("moe.experiments", "moe.show", "moe.plan", "moe.profile", "moe.generate"),
     ("moe.opened",),
     ("moe.hf",),
     ("moe.surgery",),

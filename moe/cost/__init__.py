@@ -1,7 +1,11 @@
 """What a model costs, by arithmetic over its config alone (no torch): parameters, FLOPs, bytes, and the dense twin.
 
 counting    parameters, forward and training FLOPs, per component and per layer
-memory      bytes of a training step
+shares      what one rank of a layout has to do with: blocks, tokens, parameters
+traffic     bytes that a rank sends in a step, by purpose
+memory      bytes of a training step on a rank
+step_time   seconds of a step on named GPUs, predicted
+search      the layouts of a number of GPUs that hold a run, fastest first
 twin        the dense runs of equal FLOPs per token, and of equal parameters in all
 throughput  tokens and FLOPs of a step, model FLOPs utilisation, peaks of known devices
 rates       tables: carbon of electricity by region, watts and prices of devices

@@ -108,6 +108,15 @@ def flops_by_layer(model: Model, sequence_length: int, *, causal_half: bool = Fa
     )
 
 
+def vectors_by_layer(model: Model) -> tuple[int, ...]:
+    """Parameters in vectors (norms, biases, sinks) of each block."""
+    kinds = ("norm", "attention")
+    blocks = [_block(model, layer) for layer in range(model.num_layers)]
+    return tuple(
+        sum(part.total - int(part.multiplied) for part in block if part.component in kinds) for block in blocks
+    )
+
+
 def _around(model: Model) -> list[Part]:
     embedding = model.vocab_size * model.dim
     head = 0 if model.tied_head else embedding

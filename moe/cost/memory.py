@@ -7,59 +7,119 @@ and no allocator or library overhead. `tests/test_cost.py` holds it to within 10
 
 import math
 
+from moe.config.layout import Layout
 from moe.config.schema import (
     GroupedQueryAttention,
     LatentAttention,
     Model,
     MoE,
     Run,
+    expert_dim,
     expert_widths,
     ffn_hidden,
     is_moe_layer,
 )
-from moe.cost.counting import parameters
+from moe.cost.shares import (
+    Held,
+    accumulation,
+    counted,
+    parameters_per_rank,
+    stage_blocks,
+    stage_parameters,
+    tokens_per_pass,
+)
+from moe.cost.traffic import units_per_token
 from moe_triton.block_sizes import block_of, max_blocks
 
 FLOAT32 = 4
 
 
-def memory_bytes(run: Run) -> dict[str, int]:
-    """Bytes per rank of a step of plain data parallelism, by purpose; their sum estimates the peak.
+def memory_bytes(run: Run, layout: Layout | None = None) -> dict[str, int]:
+    """Bytes per rank of a step, by purpose, of the pipeline stage that needs most; their sum estimates the peak.
 
-    parameters, gradients and optimizer (Adam's two averages) in float32; weight_casts: the copies of matrices that
-    autograd keeps, in bfloat16 (or in the order in which `block_sparse` wants experts of one width); activations: what one
-    micro-batch keeps for backward; masks: attention masks, for documents or windows; logits: log-probabilities and their
-    gradient. With activation checkpointing only block inputs, routing choices and the largest block count. Experts keep
-    x, both pre-activations of each routed row, and indices: D + 2·K·F elements per token. Where rows go is not known
-    beforehand, so of experts of different widths F is the widest, and `block_sparse` keeps as many whole blocks as the
-    fullest routing needs.
+    Without a layout, those of one process that holds everything. parameters, gradients and optimizer (Adam's two
+    averages) in float32; weight_casts: the copies of matrices that autograd keeps, in bfloat16 (or in the order in
+    which `block_sparse` wants experts of one width); gathered: what FSDP holds whole, the block in use and the next one
+    in the type of products, one block's gradients in float32, and what is around the blocks; activations: what
+    micro-batches keep for backward; masks: attention masks, for documents or windows; logits: log-probabilities and
+    their gradient; exchange: vectors on their way to experts' ranks and back. With activation checkpointing only block
+    inputs, routing choices and the largest block count. Experts keep x, both pre-activations of each routed row, and
+    indices: D + 2·K·F elements per token. Where rows go is not known beforehand, so of experts of different widths F is
+    the widest, `block_sparse` keeps as many whole blocks as the fullest routing needs, and every rank is taken to
+    receive as many rows as it sends.
     """
-    model, train = run.model, run.train
-    counts = parameters(model)
-    tokens = train.micro_rows * run.data.sequence_length
-    size = 2 if train.precision == "bfloat16" else FLOAT32
-    blocks = [_block_bytes(model, layer, size, tokens) for layer in range(model.num_layers)]
-    casts = [_cast_bytes(model, layer, size) for layer in counts.layers]
-    masks = [run.data.sequence_length * size if _masked(model, layer) else 0 for layer in range(model.num_layers)]
-    around = _norm_bytes(model.dim, size)
-    if train.activation_checkpointing:
-        kept = [size * model.dim + _choice_bytes(model, layer) for layer in range(model.num_layers)]
-        held, cast, mask = sum(kept) + max(blocks), max(casts), max(masks)
+    layout = layout or Layout()
+    stages = [stage_memory(run, layout, stage) for stage in range(layout.pipeline)]
+    return max(stages, key=lambda parts: sum(parts.values()))
+
+
+def stage_memory(run: Run, layout: Layout, stage: int) -> dict[str, int]:
+    """`memory_bytes` of one pipeline stage."""
+    model, size, length = run.model, 2 if run.train.precision == "bfloat16" else FLOAT32, run.data.sequence_length
+    blocks = stage_blocks(model.num_layers, layout.pipeline)[stage]
+    last = stage == layout.pipeline - 1
+    tokens, passes = tokens_per_pass(run, layout), _passes_held(run, layout, stage)
+    kept = [tokens * block_bytes(model, layer, size, tokens, layout.tensor) for layer in blocks]
+    counts = counted(model)
+    casts = [_casts_held(model, layout, counts.layers[layer], size) for layer in blocks]
+    # A mask is S x S whatever the number of ranks that share a row.
+    masks = [tokens * layout.context * length * size if masked(model, layer) else 0 for layer in blocks]
+    received = [_exchange_bytes(run, layout, layer, size) * tokens for layer in blocks]
+    if run.train.activation_checkpointing:
+        inputs = sum(size * model.dim + _choice_bytes(model, layer) for layer in blocks)
+        activations = passes * tokens * inputs + max(kept)
+        cast, mask, exchange = max(casts), max(masks), max(received)
     else:
-        held, cast, mask = sum(blocks), sum(casts), sum(masks)
-    head_cast = 0 if size == FLOAT32 else size * model.vocab_size * model.dim
-    return {
-        "parameters": FLOAT32 * counts.total,
-        "gradients": FLOAT32 * counts.total,
-        "optimizer": 2 * FLOAT32 * counts.total,
-        "weight_casts": cast + head_cast,
-        "activations": round(tokens * (held + around)),
-        "masks": tokens * mask,
-        "logits": tokens * model.vocab_size * 2 * FLOAT32,
+        activations, cast, mask, exchange = passes * sum(kept), sum(casts), passes * sum(masks), passes * sum(received)
+    whole_head = last and size != FLOAT32 and layout.dense_shards == 1
+    shares = stage_parameters(model, blocks)
+    held = parameters_per_rank(layout, shares)
+    parts = {
+        "parameters": FLOAT32 * held,
+        "gradients": FLOAT32 * held,
+        "optimizer": 2 * FLOAT32 * held,
+        "weight_casts": cast + whole_head * size * model.vocab_size * model.dim,
+        "gathered": _gathered_bytes(layout, shares, size),
+        "activations": activations + last * passes * tokens * _norm_bytes(model.dim, size),
+        "masks": mask,
+        "logits": last * tokens * model.vocab_size * 2 * FLOAT32,
+        "exchange": exchange,
     }
+    return {name: round(value) for name, value in parts.items()}
 
 
-def _masked(model: Model, layer: int) -> bool:
+def _passes_held(run: Run, layout: Layout, stage: int) -> int:
+    """Micro-batches whose activations a stage holds at once: with 1F1B, one for itself and one per stage after it."""
+    return min(accumulation(run, layout), layout.pipeline - stage)
+
+
+def _casts_held(model: Model, layout: Layout, counts: dict[str, int], size: int) -> float:
+    """Copies of one block's matrices that autograd keeps; of what FSDP gathers, the gathered copy is in `gathered`."""
+    dense = {name: number for name, number in counts.items() if name != "experts"}
+    kept = _cast_bytes(model, dense, size) / layout.tensor if layout.dense_shards == 1 else 0.0
+    if layout.expert_shard == 1 and "experts" in counts:
+        kept += _cast_bytes(model, {"experts": counts["experts"]}, size) / layout.expert
+    return kept
+
+
+def _gathered_bytes(layout: Layout, held: tuple[Held, ...], size: int) -> float:
+    """What FSDP holds whole at the peak: two blocks and the gradients of one, and all of what is around the blocks."""
+    if layout.dense_shards == 1:
+        return 0.0
+    *blocks, around = held
+    experts = 1 / layout.expert if layout.expert_shard > 1 else 0.0
+    largest = max(part.matrices / layout.tensor + experts * part.experts for part in blocks)
+    return (2 * size + FLOAT32) * largest + (size + FLOAT32) * around.matrices / layout.tensor
+
+
+def _exchange_bytes(run: Run, layout: Layout, layer: int, size: int) -> float:
+    """Per token: vectors received, which experts' backward reads, and besides them those sent and those that return."""
+    if layout.expert == 1 or not is_moe_layer(run.model, layer):
+        return 0.0
+    return 3 * units_per_token(run, layout) * expert_dim(run.model) * size
+
+
+def masked(model: Model, layer: int) -> bool:
     """Whether the block passes an explicit mask, of which SDPA keeps a copy in the activations' type."""
     attention = model.attention
     if isinstance(attention, LatentAttention):
@@ -76,17 +136,17 @@ def _cast_bytes(model: Model, components: dict[str, int], size: int) -> int:
     return size * 2 * components.get("experts", 0) // 3 if copies else 0
 
 
-def _block_bytes(model: Model, layer: int, size: int, tokens: int) -> float:
+def block_bytes(model: Model, layer: int, size: int, tokens: int, tensor: int = 1) -> float:
     """Bytes per token that one block keeps for backward, masks apart, where a micro-batch has `tokens` of them."""
-    kept = 2 * _norm_bytes(model.dim, size) + _attention_bytes(model.attention, size)
+    kept = 2 * _norm_bytes(model.dim, size) + _attention_bytes(model.attention, size) / tensor
     if not is_moe_layer(model, layer):
-        return kept + _swiglu_bytes(ffn_hidden(model, layer), size)
+        return kept + _swiglu_bytes(ffn_hidden(model, layer), size) / tensor
     moe = model.moe
     assert moe is not None
     rows = moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
     router_input = 0 if size == FLOAT32 else FLOAT32 * model.dim
     router = router_input + 2 * FLOAT32 * moe.num_experts + _choice_bytes(model, layer)
-    shared = _swiglu_bytes(moe.shared_hidden, size) if moe.shared_hidden else 0
+    shared = _swiglu_bytes(moe.shared_hidden, size) / tensor if moe.shared_hidden else 0
     shared_gate = 2 * size * model.dim if moe.shared_gate else 0
     latent = 2 * size * moe.latent_dim  # what goes into the experts and what comes out of them
     return kept + router + 2 * size * _hidden_elements(moe, rows * tokens) / tokens + latent + shared + shared_gate

@@ -19,6 +19,7 @@ from moe.config.load import dump, load
 from moe.config.schema import Run
 from moe.cost import parameters
 from moe.cost.charges import rates_of
+from moe.cost.shares import needs_first_pass
 from moe.data import Corpus, prepare
 from moe.errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from moe.experts import resolve_backend
@@ -33,7 +34,7 @@ from moe.train.memory import require_memory
 from moe.train.mirrors import require_tensorboard
 from moe.train.replay import Recorder, Replayer
 from moe.train.runlog import RunLog
-from moe.train.step import State, StepResult, build_state, needs_first_pass, train_step
+from moe.train.step import State, StepResult, build_state, train_step
 
 
 def train(run: Run, out: Path | None = None, notices: Sequence[str] = ()) -> Path:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.config.schema import Run, balances
+from moe.config.schema import Run
+from moe.cost.shares import needs_first_pass
 from moe.data import Batch, Corpus
 from moe.model import IGNORE, LayerRouting, Output, Transformer
 from moe.optim import build_optimizer, clip, gradient_norm, learning_rate
@@ -153,18 +154,6 @@ def _inputs(batch: Batch, step: int, valid_tokens: Tensor, valid_rows: Tensor, d
         step_tokens=valid_tokens.float(),
         step_rows=valid_rows.float(),
     )
-
-
-def needs_first_pass(run: Run, data_ranks: int) -> bool:
-    """Whether the `global` balance scope must count rows in a forward pass of its own, before the one with gradient.
-
-    It must where the step has several micro-batches, or several ranks and a forward pass that cannot hold a collective.
-    """
-    moe = run.model.moe
-    if moe is None or not any(b.scope == "global" and b.weight > 0 for _, b in balances(moe.router)):
-        return False
-    accumulation = run.train.batch_rows // (data_ranks * run.train.micro_rows)
-    return accumulation > 1 or (data_ranks > 1 and (run.train.activation_checkpointing or run.train.compile))
 
 
 def _with_global_counts(state: State, batches: list[Batch], inputs: list[Tokens]) -> list[Tokens]:

@@ -1,0 +1,77 @@
+"""What one rank of a layout has to do with: its blocks, tokens, forward passes and parameters."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from moe.config.layout import Layout
+from moe.config.schema import Model, Run, balances
+from moe.cost.counting import Parameters, parameters, vectors_by_layer
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters of one block, or of what is around the blocks, before they are shared out."""
+
+    layer: int
+    """The block; -1 for embedding, last norm and head."""
+    matrices: int
+    """In attention, dense and shared feed-forward layers, embedding and head: cut by FSDP2."""
+    whole: int
+    """In vectors and the router: on every rank of the stage (moe/train/sharding.py)."""
+    experts: int
+
+
+def stage_blocks(num_layers: int, stages: int) -> tuple[range, ...]:
+    """The blocks of each pipeline stage: consecutive, as even as can be, the longer stages first."""
+    length, more = divmod(num_layers, stages)
+    starts = [stage * length + min(stage, more) for stage in range(stages + 1)]
+    return tuple(range(starts[stage], starts[stage + 1]) for stage in range(stages))
+
+
+def tokens_per_pass(run: Run, layout: Layout) -> int:
+    """Tokens of one rank in one forward pass."""
+    return run.train.micro_rows * run.data.sequence_length // layout.context
+
+
+def accumulation(run: Run, layout: Layout) -> int:
+    """Forward passes of one rank in a step."""
+    return max(1, run.train.batch_rows // (run.train.micro_rows * layout.data_ranks))
+
+
+def needs_first_pass(run: Run, data_ranks: int) -> bool:
+    """Whether the `global` balance scope must count rows in a forward pass of its own, before the one with gradient.
+
+    It must where the step has several micro-batches, or several ranks and a forward pass that cannot hold a collective.
+    """
+    moe = run.model.moe
+    if moe is None or not any(b.scope == "global" and b.weight > 0 for _, b in balances(moe.router)):
+        return False
+    passes = run.train.batch_rows // (data_ranks * run.train.micro_rows)
+    return passes > 1 or (data_ranks > 1 and (run.train.activation_checkpointing or run.train.compile))
+
+
+@lru_cache(maxsize=8)
+def counted(model: Model) -> Parameters:
+    """`parameters`, kept for the many layouts of one search."""
+    return parameters(model)
+
+
+@lru_cache(maxsize=1024)
+def stage_parameters(model: Model, blocks: range) -> tuple[Held, ...]:
+    """One entry per block of a stage, and one for what is around the blocks there; a tied head is on both ends."""
+    counts, vectors = counted(model), vectors_by_layer(model)
+    held = []
+    for layer in blocks:
+        parts = counts.layers[layer]
+        experts, whole = parts.get("experts", 0), parts.get("router", 0) + vectors[layer]
+        held.append(Held(layer, sum(parts.values()) - whole - experts, whole, experts))
+    first, last = blocks.start == 0, blocks.stop == model.num_layers
+    matrices = counts.components["embedding"] * (first or (last and model.tied_head))
+    return (*held, Held(-1, matrices + last * counts.components["head"], last * model.dim, 0))
+
+
+def parameters_per_rank(layout: Layout, held: tuple[Held, ...]) -> float:
+    """Parameters that a rank keeps, with their gradients and optimizer states."""
+    matrices = sum(part.matrices for part in held) / (layout.tensor * layout.dense_shards)
+    experts = sum(part.experts for part in held) / (layout.expert * layout.expert_shard)
+    return matrices + sum(part.whole for part in held) + experts
