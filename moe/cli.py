@@ -294,6 +294,24 @@ def import_(
 
 
 @app.command()
+def upcycle(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run: dense, or sparse with fewer experts")],
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the run")],
+    overrides: OverridesArgument = None,
+    method: Annotated[str, typer.Option(metavar="copy|drop|noise", help="what becomes of the copies")] = "copy",
+    ratio: Annotated[float, typer.Option(help="share of a copy's hidden units that starts anew (drop)")] = 0.5,
+    noise: Annotated[float, typer.Option(help="deviation of the noise over the weights' (noise)")] = 0.05,
+    rows: Annotated[int, typer.Option(min=1, help="validation rows of the receipt")] = 64,
+) -> None:
+    """Make a sparse run out of a dense one, or more experts out of fewer; 'moe resume' goes on from there."""
+    module = import_module("moe.surgery.upcycle")
+    change = module.Change(method=method, ratio=ratio, noise=noise)
+    typer.echo(module.describe(module.upcycle(folder, recipe, out, change, overrides or [], rows=rows), out))
+    typer.echo(f"'moe resume {out}' trains it")
+
+
+@app.command()
 def prune(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a sparse run")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the pruned run")],
