@@ -276,6 +276,17 @@ def export(
     typer.echo(f"step {step} as {chosen}: {out}")
 
 
+@app.command()
+def quantise(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of an export: 'moe export' writes one")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the smaller model")],
+    bits: Annotated[int, typer.Option(metavar="8|4", help="of a stored weight")] = 8,
+) -> None:
+    """Store an export's matrices as integers with scales (torchao); 'moe eval' and 'moe generate' read the result."""
+    module = import_module("moe.hf.quantised")
+    typer.echo(module.describe(module.quantise(folder, out, bits), out, bits))
+
+
 @app.command("import")
 def import_(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a model in transformers' format")],

@@ -193,7 +193,11 @@ def test_every_imported_package_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     declared = [
         *project["dependencies"],
-        *(r for extra in ("tensorboard", "hf", "harness", "energy") for r in project["optional-dependencies"][extra]),
+        *(
+            r
+            for extra in ("tensorboard", "hf", "harness", "energy", "quantise")
+            for r in project["optional-dependencies"][extra]
+        ),
     ]
     names = {re.split(r"[^\w.-]", requirement)[0].replace("-", "_") for requirement in declared}
     names |= {"pydantic_core"}  # pydantic requires exactly one version of it

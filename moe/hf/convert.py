@@ -14,6 +14,7 @@ from moe.config.load import load as load_run
 from moe.config.schema import Model
 from moe.data import prepare
 from moe.errors import CheckpointError, ConfigError
+from moe.hf import quantised
 from moe.hf.families import COMMON_KEYS, FAMILIES, Family, words
 from moe.hf.links import Entry, entries
 from moe.hf.shards import Fetch, Files, check_names, iterate_unlinked, read_into, shards_of, write_shards
@@ -163,7 +164,7 @@ def load(folder: str | Path, *, dtype: str = "float32") -> Transformer:
     """
     folder = Path(folder)
     family, model = read_config(folder)
-    with Files(folder) as files:
+    with quantised.Held(folder) if (folder / quantised.FILE).is_file() else Files(folder) as files:
         fused = any(name.endswith(".experts.gate_up_proj") for name in files.names())
         table = list(entries(model, family.names, fused=fused))
         names = files.names()
