@@ -32,6 +32,8 @@ forecast = typer.Typer(help="Predict a sparse run's final gain over dense from i
 ladder = typer.Typer(help="Predict the gain over dense at a size that has not been trained, from smaller ones.")
 app.add_typer(forecast, name="forecast")
 app.add_typer(ladder, name="ladder")
+store = typer.Typer(help="Keep many variants of one model, every number once.")
+app.add_typer(store, name="store")
 # Typer's usage errors all derive from this class, whichever module it keeps them in.
 UsageError: Any = typer.BadParameter.__bases__[0]
 
@@ -340,6 +342,47 @@ def prune(
     plan = module.Plan(keep=keep, method=method, score=score, rows=rows, seed=seed)
     typer.echo(module.describe(module.prune(folder, out, plan, overrides or []), out))
     typer.echo(f"'moe eval {out}' measures it, 'moe resume {out}' trains it on")
+
+
+@app.command()
+def esft(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a sparse run")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the fine-tuned run")],
+    overrides: OverridesArgument = None,
+    score: Annotated[
+        str, typer.Option(metavar="token|gate", help="share of routed rows, or of gate weights")
+    ] = "token",
+    threshold: Annotated[float, typer.Option(help="share that the trained experts of a layer reach together")] = 0.2,
+) -> None:
+    """Fine-tune only the experts that a task uses; the overrides name its data, train.steps and train.optimizer.lr."""
+    module = import_module("moe.surgery.esft")
+    receipt = module.fine_tune(folder, out, overrides or [], score=score, threshold=threshold)
+    typer.echo(module.describe(receipt, out))
+
+
+@store.command("put")
+def store_put(
+    folder: Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store, made if there is none")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of the variant")],
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a run")],
+) -> None:
+    """Add a run's newest checkpoint; what the store has already costs nothing."""
+    module = import_module("moe.surgery.store")
+    counts = module.put(folder, name, run)
+    typer.echo(
+        f"{name}: {counts['new_shards']} new of {counts['shards']} shards, {counts['new_bytes']:,} bytes; {folder} has "
+        f"{len(module.names(folder))} variants in {module.size(folder):,} bytes"
+    )
+
+
+@store.command("get")
+def store_get(
+    folder: Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of the variant")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the run")],
+) -> None:
+    """Write a variant as a run that starts from it."""
+    typer.echo(str(import_module("moe.surgery.store").get(folder, name, out)))
 
 
 @app.command("eval")

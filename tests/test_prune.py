@@ -150,12 +150,12 @@ def test_groups_are_the_planted_ones():
     outputs = torch.cat([centres[k] + 0.01 * torch.randn(1, 7) for k in kind]).unsqueeze(1)
     logits = torch.randn(50, 3)[:, kind] + 0.01 * torch.randn(50, 6)
     rows = torch.tensor([9.0, 5, 1, 8, 2, 4])
-    use = LayerUse(rows, torch.ones(6), torch.ones(6), [outputs], [logits])
+    use = LayerUse(rows, torch.ones(6), torch.ones(6), outputs=[outputs], logits=[logits])
     assert sorted(map(sorted, groups_by_output(use, 3))) == [[0, 2, 4], [1, 3], [5]]
     assert [3, 1] in groups_by_output(use, 3), "the most used comes first"
     first, second = groups_by_router(use, 2)
     assert first[:3] == [0, 2, 4] and second[:2] == [3, 1]
-    same = LayerUse(rows, torch.ones(6), torch.ones(6), [torch.zeros(6, 1, 7)])
+    same = LayerUse(rows, torch.ones(6), torch.ones(6), outputs=[torch.zeros(6, 1, 7)])
     assert [len(groups_by_output(same, n)) for n in (1, 2, 5, 6)] == [1, 2, 5, 6]
 
 

@@ -40,6 +40,8 @@ class LayerUse:
     """Σ |E_e(x)| over routed rows."""
     weighted_E: Tensor
     """Σ g·|E_e(x)| over routed rows."""
+    gates_E: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """Σ g over routed rows, g a share of the token's weights."""
     outputs: list[Tensor] = field(default_factory=list)
     """Every expert's outputs on sampled tokens [E, tokens, D]."""
     logits: list[Tensor] = field(default_factory=list)
@@ -87,8 +89,8 @@ def measure_use(model: Transformer, batches: Iterator[Batch], *, rows: int) -> d
 
 
 def _unused(E: int) -> LayerUse:
-    rows_E, norm_E, weighted_E = torch.zeros(3, E, dtype=torch.float64).unbind()
-    return LayerUse(rows_E, norm_E, weighted_E)
+    rows_E, norm_E, weighted_E, gates_E = torch.zeros(4, E, dtype=torch.float64).unbind()
+    return LayerUse(rows_E, norm_E, weighted_E, gates_E)
 
 
 def _add(use: LayerUse, layer: MoELayer, latent_TD: Tensor, routing: Routing) -> None:
@@ -99,6 +101,7 @@ def _add(use: LayerUse, layer: MoELayer, latent_TD: Tensor, routing: Routing) ->
     share_N = weight_N / sum_T[token_N].clamp(min=1e-20)
     norm_N = _through(layer, row_outputs(layer, latent_TD[token_N], expert_N)).double().norm(dim=-1)
     use.rows_E.index_add_(0, expert_N, torch.ones_like(norm_N))
+    use.gates_E.index_add_(0, expert_N, share_N.double())
     use.norm_E.index_add_(0, expert_N, norm_N)
     use.weighted_E.index_add_(0, expert_N, norm_N * share_N)
 
