@@ -22,9 +22,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("variants")
     run = load(tiny_dict(folder), ["model.init_std=0.2", "model.moe.router=loss_free"])
     begin_run(folder / "base", run, Transformer(run.model, seed=1).state_dict(), {})
-    (folder / "task.jsonl").write_text(
-        "".join(json.dumps({"text": f"abcab {i} cab"}) + "\n" for i in range(99, 199))
-    )
+    (folder / "task.jsonl").write_text("".join(json.dumps({"text": f"abcab {i} cab"}) + "\n" for i in range(99, 199)))
     return folder
 
 
