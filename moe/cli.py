@@ -360,6 +360,23 @@ def esft(
     typer.echo(module.describe(receipt, out))
 
 
+@app.command()
+def ticket(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the pruned run")],
+    overrides: OverridesArgument = None,
+    keep: Annotated[float, typer.Option(help="share of the matrices' weights that stays")] = 0.2,
+    rounds: Annotated[int, typer.Option(help="of training and removing")] = 3,
+    rewind: Annotated[int, typer.Option(help="step whose weights the kept ones go back to")] = 0,
+    block: Annotated[int, typer.Option(help="side of the blocks that go together; 1 for single weights")] = 1,
+    control: Annotated[str, typer.Option(metavar="none|random|reinitialised", help="train this instead")] = "none",
+) -> None:
+    """Look for a lottery ticket: train, remove the smallest weights, rewind, repeat; then train what is left alone."""
+    module = import_module("moe.surgery.ticket")
+    search = module.Search(keep=keep, rounds=rounds, rewind=rewind, block=block, control=control)
+    typer.echo(module.describe(module.find(recipe, out, search, overrides or []), out))
+
+
 @store.command("put")
 def store_put(
     folder: Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store, made if there is none")],

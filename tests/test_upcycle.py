@@ -129,8 +129,8 @@ def test_growing_with_the_same_top_k_is_no_copy(dense, tmp_path):
     assert receipt["difference"] != 0
     with pytest.raises(ConfigError, match="num_experts=8"):
         upcycle(tmp_path / "a", target(dense, "odd", num_experts=6), tmp_path / "c", rows=4)
-    other = tiny_dict(dense) | {"name": "x"}
-    other["model"] |= {"dim": 32}
+    other = tiny_dict(dense)
+    other["model"]["dim"] = 32
     path = dense / "other.json"
     path.write_text(json.dumps(other))
     with pytest.raises(ConfigError, match="dim: 16 there, 32"):

@@ -178,7 +178,7 @@ def load_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     with safe_open(folder / FILE, framework="pt") as file:
         bits = int(file.metadata()["bits"])
     config = transformers.AutoConfig.from_pretrained(folder)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(
+    model = getattr(transformers, (config.architectures or [""])[0]).from_pretrained(
         None, config=config, state_dict=tensors(folder), dtype=dtype
     )
     for path, module in list(model.named_modules()):

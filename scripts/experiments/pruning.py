@@ -197,7 +197,7 @@ def speed(folder: Path, bits: int) -> dict[str, Any]:
 
     torch.set_num_threads(2)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = (
+    model: Any = (
         transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
         if bits == 16
         else quantised.load_transformers(folder)
