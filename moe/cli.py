@@ -104,6 +104,9 @@ def compare(
     tune_each: Annotated[
         bool, typer.Option("--tune-each", help="--lr-grid for every arm, not for the dense one")
     ] = False,
+    promise: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="what moe promise wrote about this recipe")
+    ] = None,
 ) -> None:
     """Train a recipe and its dense twin of equal FLOPs per token on the same batches, and report which is better."""
     rates = learning_rates(lr_grid)
@@ -119,8 +122,38 @@ def compare(
         contracts=contracts,
         decompose=decompose,
         tune_each=tune_each,
+        promise=promise,
         console=_lazy("rich.console", "Console")(),
     )
+
+
+@app.command("promise")
+def promise_command(
+    recipe: RecipeArgument,
+    gain: Annotated[float, typer.Option(help="expected gain over dense, bits per byte")],
+    low: Annotated[float, typer.Option(help="low end of its interval: below this the promise is broken")],
+    high: Annotated[float, typer.Option(help="high end")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="new file for the promise")],
+    overrides: OverridesArgument = None,
+    contract: Annotated[
+        str, typer.Option(help="active_parameters, flops, total_parameters, memory, seconds, ...")
+    ] = "flops",
+    error_rate: Annotated[float, typer.Option(help="of the interval")] = 0.1,
+    because: Annotated[str, typer.Option(help="where the numbers are from")] = "",
+) -> None:
+    """Write what a comparison is expected to show, dated and sealed; moe compare --promise FILE is held against it."""
+    made = _lazy("moe.experiments.promise", "promise")(
+        recipe,
+        overrides or [],
+        out,
+        gain=gain,
+        low=low,
+        high=high,
+        contract=contract,
+        error_rate=error_rate,
+        because=because,
+    )
+    typer.echo(f"{out}: sealed {made['sha256']} at {made['written']}; publish the seal where its date can be seen")
 
 
 @app.command()

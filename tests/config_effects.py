@@ -507,6 +507,7 @@ EFFECTS: dict[str, Effect] = {
     "logging.peak_tflops": Effect(has_mfu, 0.0, 1.0),
     "logging.record_routing": Effect(files, False, True),
     "logging.replay_routing": Effect(losses, "", recording),
+    "logging.promise": Effect(lambda lab, run: lab.train(run).json("summary")["promise"], "", "5ea1"),
     # accounting
     "cost.region": Effect(rates_charged, "FRA", "POL"),
     "cost.grid_gco2e_per_kwh": Effect(rates_charged, 0.0, 50.0),

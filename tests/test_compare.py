@@ -17,6 +17,9 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from moe import cli
+from moe.analysis.promise import sealed
+from moe.analysis.report import build_report
 from moe.config.load import load
 from moe.cost import parameters, train_flops_per_token
 from moe.errors import ConfigError, TrainingStopped, UserError
@@ -373,9 +376,73 @@ def test_contracts_are_judged_with_twins_of_their_own(start):
     assert (start.out / "timing_total.json").exists()
 
 
+@pytest.mark.full
 def test_each_arm_may_have_a_learning_rate_of_its_own(start):
     start(seeds=2, lr_grid=[0.001, 0.002], tune_each=True, modes={"sparse-lr-0.002": "stopped"})
     rate = read(start.out / "compare.json")["learning_rate"]
     assert rate["per_arm"]["sparse"] == 0.001
     assert load(start.out / "dense-seed1.json").train.optimizer.lr == rate["value"] == rate["per_arm"]["dense"]
     assert not any("optimizer.lr" in caution for caution in read(start.out / "report.json")["cautions"])
+
+
+# ----------------------------------------------------------------------------------------------------------- promises
+
+
+def promised(tmp_path, **changes):
+    """A promise about the small comparison, as the command writes it."""
+    path = tmp_path / "promise.json"
+    given = {"gain": "0.08", "low": "0.05", "high": "0.11"} | changes
+    options = [text for name, value in given.items() for text in (f"--{name}", value)]
+    assert cli.main(["promise", RECIPE, "train.steps=20", "--out", str(path), *options]) == 0
+    return path
+
+
+def test_the_report_quotes_the_promise_and_says_that_it_was_kept(start, tmp_path):
+    path = promised(tmp_path)
+    start(promise=path)
+    found = read(start.out / "report.json")
+    seal = read(path)["sha256"]
+    # the fake's runs all began at 10:00 on 2026-11-22
+    assert found["promise"]["tampering"] == [
+        t for t in found["promise"]["tampering"] if "after the first run began" in t
+    ]
+    assert found["promise"]["outcome"]["verdict"] == "kept"
+    assert read(start.out / "sparse-seed1.json")["run"]["logging"]["promise"] == seal
+    assert any(f"seal {seal[:12]}" in note for note in found["verdict"]["notes"])
+
+
+def test_a_promise_that_was_changed_is_refused_before_and_shown_after(start, tmp_path):
+    path = promised(tmp_path)
+    start(promise=path)
+    copy = start.out / "promise.json"
+    copy.write_text(json.dumps(read(copy) | {"low": -1.0}))
+    build_report(start.out)
+    assert "changed after it was sealed" in " ".join(read(start.out / "report.json")["verdict"]["notes"])
+    resealed = sealed({name: value for name, value in read(copy).items() if name != "sha256"})
+    copy.write_text(json.dumps(resealed))
+    build_report(start.out)
+    assert "Not started under this promise, but under another or none: sparse-seed0" in " ".join(
+        read(start.out / "report.json")["verdict"]["notes"]
+    )
+    copy.unlink()
+    build_report(start.out)
+    assert "which is missing" in " ".join(read(start.out / "report.json")["promise"]["tampering"])
+    path.write_text(json.dumps(read(path) | {"gain": 0.06}))
+    with pytest.raises(UserError, match="changed after it was sealed: make a new promise"):
+        start(promise=path)
+
+
+def test_a_promise_about_another_run_or_none_at_all_is_refused(start, tmp_path, capsys):
+    path = promised(tmp_path)
+    with pytest.raises(UserError, match="about another model, data or training"):
+        start(promise=path, overrides=["train.steps=20", "model.dim=32"])
+    assert cli.main(["promise", RECIPE, "--out", str(path), "--gain", "1", "--low", "0", "--high", "2"]) == 2
+    assert "a promise is made once" in capsys.readouterr().err
+    other = str(tmp_path / "other.json")
+    for options, words in (
+        (["--gain", "1", "--low", "2", "--high", "3"], "must lie in its interval"),
+        (["--gain", "1", "--low", "0", "--high", "2", "--contract", "luck"], "must be one of active_parameters"),
+        (["--gain", "1", "--low", "0", "--high", "2", "--error-rate", "0.7"], "above 0 and below 0.5"),
+    ):
+        assert cli.main(["promise", RECIPE, "--out", other, *options]) == 2
+        assert words in capsys.readouterr().err

@@ -12,6 +12,8 @@ import numpy as np
 from moe.analysis import html, plots
 from moe.analysis.contract_report import describe, judge_comparison
 from moe.analysis.paired import Interval, evaluation_noise, paired_gain
+from moe.analysis.promise import FILE as PROMISE
+from moe.analysis.promise import outcome, quote, read_promise, tampering
 from moe.analysis.rows import Json, RunRows, read_json, read_run
 from moe.analysis.summaries import arm_summary, cautions, differences, finite, routing_health, timing_summary
 from moe.errors import UserError
@@ -227,6 +229,22 @@ def _gain_notes(gain: Interval, noise: Sequence[Json]) -> list[str]:
     return notes
 
 
+def _promise(directory: Path, arms: dict[str, list[RunRows]], gain: Interval, judged: Json | None) -> Json:
+    """The promise that the comparison was made under, what became of it, and what speaks against it."""
+    promise = read_promise(directory / PROMISE) if (directory / PROMISE).exists() else None
+    warnings, result = tampering(promise, arms["sparse"], arms["dense"]), None
+    if promise is not None:
+        entries = judged["contracts"] if judged else []
+        gains = [
+            entry["gain"]["values"] for entry in entries if entry["contract"] == promise["contract"] and "gain" in entry
+        ]
+        if promise["contract"] == "flops":
+            gains = [list(gain.values)]
+        result = outcome(promise, gains[0]) if gains else None
+    sentences = quote(promise, warnings, result)
+    return {"promise": promise, "tampering": warnings, "outcome": result, "sentences": sentences}
+
+
 def _comparison(directory: Path) -> Json:
     """The contents of report.json for a comparison directory, plots written."""
     comparison = read_json(directory / "compare.json", COMPARISON)
@@ -276,6 +294,7 @@ def _comparison(directory: Path) -> Json:
     )
     timed = timing_summary(timing) if timing else None
     judged = judge_comparison(directory) if comparison.get("more_arms") else None
+    promised = _promise(directory, arms, gain, judged)
     return {
         "kind": "comparison",
         "title": f"Sparse against dense: {comparison.get('recipe') or directory.name}",
@@ -285,8 +304,13 @@ def _comparison(directory: Path) -> Json:
         "verdict": {
             "name": gain.verdict,
             "sentence": verdict_sentence(comparison["contract"], gain),
-            "notes": [_speed_in_short(timed), *(describe(judged).splitlines() if judged else ())],
+            "notes": [
+                *promised["sentences"],
+                _speed_in_short(timed),
+                *(describe(judged).splitlines() if judged else ()),
+            ],
         },
+        "promise": promised,
         "contracts": judged,
         "cautions": cautions(arms, summaries, comparison.get("learning_rate")),
         "jobs": jobs,

@@ -450,6 +450,8 @@ class Logging:
     """Write every step's expert choices to replay/, for a later run to force."""
     replay_routing: str = ""
     """Folder of a run recorded with record_routing, whose choices are forced here; empty for none."""
+    promise: str = ""
+    """Seal of the promise (`moe promise`) that this run is started under, as `moe compare --promise` sets it; empty for none."""
 
 
 @config

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from moe.analysis.contract_report import ROUTERLESS, describe
+from moe.analysis.promise import FILE as PROMISE
 from moe.analysis.report import build_report
 from moe.analysis.rows import read_json, read_run
 from moe.analysis.summaries import differences
@@ -25,6 +26,7 @@ from moe.config.schema import MoE, Run, ffn_hidden
 from moe.cost import dense_total_twin, dense_twin, relative_difference, train_flops_per_token
 from moe.errors import ConfigError, TrainingStopped, UserError
 from moe.experiments.processes import Job, cpu_count, log_tail, run_jobs
+from moe.experiments.promise import require_promise
 from moe.files import write_json
 
 CONTRACT = "equal active FLOPs per token"
@@ -318,6 +320,7 @@ def compare(
     contracts: bool = False,
     decompose: bool = False,
     tune_each: bool = False,
+    promise: Path | None = None,
     train_command: Sequence[str] = TRAIN,
     timing_command: Sequence[str] = TIMING,
 ) -> Path:
@@ -325,7 +328,8 @@ def compare(
 
     `seeds` is a count, from the recipe's own seed on, or a list. With `lr_grid`, the shared learning rate is the one at
     which the dense arm ends best with the first seed, with `tune_each` each arm's own is. `contracts` trains the dense twin of
-    equal total parameters too, `decompose` twins whose router learns nothing; both end in the report.
+    equal total parameters too, `decompose` twins whose router learns nothing; both end in the report. `promise` is a file that
+    `moe promise` wrote about this recipe: every run carries its seal, and the report holds the outcome against it.
     Raises UserError for what the user can correct, TrainingStopped if a run fails.
     """
 
@@ -335,8 +339,13 @@ def compare(
     _check_arguments(range(seeds) if isinstance(seeds, int) else seeds, jobs, lr_grid, timing_rounds)
     sparse = _load(recipe, overrides, jobs, say)
     numbers = [sparse.seed + i for i in range(seeds)] if isinstance(seeds, int) else list(seeds)
+    made = require_promise(promise, sparse) if promise is not None else None
+    if made is not None:
+        sparse = replace(sparse, logging=replace(sparse.logging, promise=made["sha256"]))
     arms, base = _arms(sparse, contracts, decompose), sparse.name
     out.mkdir(parents=True, exist_ok=True)
+    if made is not None:
+        write_json(out / PROMISE, made)
     arms, rate, reused = _tuned(
         arms,
         lr_grid,

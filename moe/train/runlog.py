@@ -162,6 +162,7 @@ class RunLog:
                 "train_flops_per_token": self.flops_per_token,
                 "peak_memory_bytes": memory.peak_memory_bytes(self.ranks.device),
                 "skipped_steps": skipped,
+                "promise": self.run.logging.promise,
             },
         )
         self.abandon()
