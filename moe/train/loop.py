@@ -230,11 +230,20 @@ def _announce_layout(meta: dict[str, Any], ranks: Ranks, console: Console) -> No
         console.say(f"layout changed ({', '.join(changed)}): results agree to rounding, not bitwise")
 
 
+SETTLE_SECONDS = 2.0
+"""Signals this soon after the first ask for nothing new."""
+
+
 class StopRequest:
-    """Turns the first SIGTERM or Ctrl-C into a request to save and stop after the current step; a second ends at once."""
+    """Turns the first SIGTERM or Ctrl-C into a request to save and stop after the current step; a later one ends at once.
+
+    What follows within SETTLE_SECONDS is the same request: a scheduler signals every process of a job, and torchrun hands
+    its own signal on to the same workers.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self.asked_at = 0.0
 
     def __call__(self) -> bool:
         return self.asked
@@ -244,11 +253,12 @@ class StopRequest:
         """Own both signals in the main thread; elsewhere they are the caller's."""
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked:
+            if self.asked and time.monotonic() - self.asked_at > SETTLE_SECONDS:
                 # whatever is being written is published whole or not at all, so the process can go at once
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            self.asked = True
+            if not self.asked:
+                self.asked, self.asked_at = True, time.monotonic()
 
         try:
             before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
