@@ -117,7 +117,7 @@ def _record(
         "memory_usable": usable_memory(cluster),
         "assumptions": asdict(assume),
         "layouts": len(found.plans),
-        "variants_refused": found.refused,
+        "layouts_refused": found.refused,
         "variants_too_large": found.too_large,
         "plans": [plan_record(plan, run, gpus) for plan in found.plans[:top]],
     }
@@ -160,8 +160,8 @@ def _print(record: Json, console: Console) -> None:
     best, *_ = record["plans"]
     head = (
         f"{record['name']} on {record['gpus']} {record['gpu']}, {record['gpus_per_node']} to a node: "
-        f"{record['layouts']} layouts fit, {record['variants_too_large']} variants do not, "
-        f"{record['variants_refused']} break a rule"
+        f"{record['layouts']} layouts fit, {record['variants_too_large']} variants of layouts do not, "
+        f"{record['layouts_refused']} layouts break a rule"
     )
     console.print(head, style="bold", soft_wrap=True, highlight=False)
     console.print(_plans(record))

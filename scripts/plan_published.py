@@ -2,9 +2,9 @@
 
     python scripts/plan_published.py [--write docs/scaling.md]
 
-prints the table, or renews it and the table of constants between their marks in a page. One set of constants serves all rows
-(`moe.cost.step_time.Assumptions`); what a row may say of its software is what its source says: which transfers run behind
-computation, and how many parts of the model a pipeline rank holds.
+prints the table, or renews it, the constants and the layouts chosen for shipped recipes between their marks in a page. One set
+of constants serves all rows (`moe.cost.step_time.Assumptions`); what a row may say of its software is what its source says:
+which transfers run behind computation, and how many parts of the model a pipeline rank holds.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from moe.config.schema import (
     Run,
     Train,
 )
+from moe.cost.search import search
 from moe.cost.step_time import OURS, Assumptions, Cluster, predict_step
 from moe.cost.throughput import train_flops_per_token
 from moe.routers.topk import Config as TopK
@@ -276,6 +277,17 @@ TRAININGS = (
 )
 
 
+PLANNED = (
+    ("tiny_stories_gpu", 1, "a100"),
+    ("olmoe_1b_7b", 8, "h100"),
+    ("olmoe_1b_7b", 64, "h100"),
+    ("deepseek_v2_lite", 64, "h100"),
+    ("qwen3_30b_a3b", 64, "h100"),
+    ("mixtral_8x7b", 64, "h100"),
+)
+"""Recipe, GPUs and their kind."""
+
+
 def cluster_of(name: str) -> Cluster:
     """A machine of the roofline table; an H800 is an H100 with slower links."""
     if name == "h800":
@@ -311,6 +323,23 @@ def table() -> str:
     return "\n".join([*lines, "", "Sources:", "", *notes])
 
 
+def plans() -> str:
+    """What `moe plan` chooses for shipped recipes, in Markdown."""
+    lines = [
+        "| recipe | GPUs | chosen | rows per pass | recompute | GiB per GPU | tokens/s | MFU |",
+        "| --- " * 8 + "|",
+    ]
+    for recipe, gpus, gpu in PLANNED:
+        run = load(str(ROOT / f"recipes/{recipe}.py"))
+        best = search(run, gpus, cluster_of(gpu)).plans[0]
+        lines.append(
+            f"| `{recipe}` | {gpus} {gpu.upper()} | {best.layout.describe()} | {best.run.train.micro_rows} | "
+            f"{'yes' if best.run.train.activation_checkpointing else 'no'} | {best.memory_total / 2**30:.0f} | "
+            f"{best.step.tokens_per_second:,.0f} | {best.step.mfu:.0%} |"
+        )
+    return "\n".join(lines)
+
+
 def constants() -> str:
     """The constants with their meanings in Markdown."""
     lines = ["| constant | value | meaning |", "| --- | --- | --- |"]
@@ -333,7 +362,7 @@ def described(cls: type) -> dict[str, str]:
 
 def renewed(page: str) -> str:
     """A page with the text between its marks made anew."""
-    for name, make in (("published", table), ("constants", constants)):
+    for name, make in (("plans", plans), ("published", table), ("constants", constants)):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         head, _, rest = page.partition(begin)
         _, _, tail = rest.partition(end)

@@ -17,6 +17,7 @@ from tiny_runs import tiny_dict
 from moe import cost
 from moe.cli import main
 from moe.config.command import parse
+from moe.config.layout import resolve
 from moe.config.load import dump, known_routers, load
 from moe.config.words import typed
 from moe.errors import GRACE_SECONDS, ConfigError, TrainingStopped, fail, run_main
@@ -70,6 +71,21 @@ def test_show_lists_each_kind_of_layer(recipe, capsys):
     assert "0 2/1 heads of 8, window 8 dense 32" in out
     assert "1 2/1 heads of 8 2 of 4 experts of 8" in out
     assert "4 2/1 heads of 8, window 8 2 of 4" in out
+
+
+def test_show_prints_the_layout_the_placement_and_memory_per_rank(recipe, capsys):
+    sizes = ["parallel.shard=4", "parallel.expert=2", "train.batch_rows=32"]
+    assert main(["show", str(recipe), *sizes, "--ranks", "8"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "ranks 8: replicate=2 shard=4 expert=2" in out
+    assert "matrices" in out and "cut into 4 over shard · context, 2 copies" in out
+    assert "experts" in out and "cut into 2 over expert times 2 over expert_shard, 2 copies" in out
+    run = load(recipe, sizes)
+    memory = cost.memory_bytes(run, resolve(run, 8))
+    assert f"memory per rank all {sum(memory.values()) / 2**20:,.1f} MiB" in out
+    assert f"gathered {memory['gathered'] / 2**20:,.1f} MiB" in out
+    assert main(["show", str(recipe), "parallel.shard=4", "--ranks", "6"]) == 2
+    assert "must divide the number of processes (6)" in capsys.readouterr().err
 
 
 def test_show_says_what_a_changed_router_drops_and_that_it_is_not_causal(recipe, capsys):

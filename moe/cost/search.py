@@ -47,7 +47,7 @@ class Found:
     plans: tuple[Plan, ...]
     """Fastest first, one per layout."""
     refused: int
-    """Variants that break a rule."""
+    """Layouts that break a rule."""
     too_large: int
     """Variants that do not fit the memory."""
     smallest: tuple[int, Layout] | None
@@ -68,22 +68,23 @@ def search(run: Run, gpus: int, cluster: Cluster, *, held: Collection[str] = (),
     refused = too_large = 0
     smallest: tuple[int, Layout] | None = None
     error: ConfigError | None = None
-    for variant in _variants(run, gpus, held):
-        try:
-            layout = resolve(variant, gpus)
-        except ConfigError as caught:
-            refused, error = refused + 1, error or caught
-            continue
-        memory = memory_bytes(variant, layout)
-        total = sum(memory.values())
-        if smallest is None or total < smallest[0]:
-            smallest = (total, layout)
-        if total > usable_memory(cluster):
-            too_large += 1
-            continue
-        step = predict_step(variant, layout, cluster, assume)
-        if layout not in best or step.seconds < best[layout].step.seconds:
-            best[layout] = Plan(variant, layout, memory, sent_bytes(traffic(variant, layout)), step)
+    for parallel in _layouts(run, gpus, held):
+        for variant in _variants(replace(run, parallel=parallel), gpus, held):
+            try:
+                layout = resolve(variant, gpus)
+            except ConfigError as caught:
+                # fewest rows come first: where they do not pass, no others do
+                refused, error = refused + 1, error or caught
+                break
+            memory = memory_bytes(variant, layout)
+            total = sum(memory.values())
+            smallest = min(smallest or (total, layout), (total, layout), key=lambda pair: pair[0])
+            if total > usable_memory(cluster):
+                too_large += 1
+                continue
+            step = predict_step(variant, layout, cluster, assume)
+            if layout not in best or step.seconds < best[layout].step.seconds:
+                best[layout] = Plan(variant, layout, memory, sent_bytes(traffic(variant, layout)), step)
     if smallest is None and error is not None:
         raise error
     return Found(tuple(_ordered(best.values())), refused, too_large, smallest)
@@ -104,33 +105,32 @@ def _kinds(layout: Layout) -> int:
     return sum(getattr(layout, name) > 1 for name in SIZES)
 
 
-def _variants(run: Run, gpus: int, held: Collection[str]) -> Iterator[Run]:
-    """The run under every choice of what is free."""
+def _layouts(run: Run, gpus: int, held: Collection[str]) -> Iterator[Parallel]:
+    """Every choice of the sizes that are free, replicate taking what is left."""
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     few = [n for n in divisors if n <= 16]
-
-    def choices(name: str, values: list[int]) -> list[int]:
-        return [getattr(run.parallel, name)] if f"parallel.{name}" in held else values
-
     names = ("pipeline", "shard", "context", "tensor", "expert")
-    free = (few, divisors, few, [n for n in few if n <= 8], divisors)
-    checkpointing = [run.train.activation_checkpointing] if "train.activation_checkpointing" in held else [False, True]
-    for sizes in product(*(choices(name, values) for name, values in zip(names, free, strict=True))):
-        pipeline, shard, context, tensor, expert = sizes
-        fixed = pipeline * shard * context * tensor
-        if gpus % fixed or (run.model.moe is None and expert > 1):
-            continue
-        parallel = replace(run.parallel, **dict(zip(names, sizes, strict=True)))
-        for rows, again in product(_rows(run, parallel, gpus, held), checkpointing):
-            train = replace(run.train, micro_rows=rows, activation_checkpointing=again)
-            yield replace(run, parallel=parallel, train=train)
+    free = (few, divisors, few, [n for n in few if n <= 8], divisors if run.model.moe is not None else [1])
+    choices = [
+        [getattr(run.parallel, name)] if f"parallel.{name}" in held else values
+        for name, values in zip(names, free, strict=True)
+    ]
+    for sizes in product(*choices):
+        pipeline, shard, context, tensor, _ = sizes
+        if gpus % (pipeline * shard * context * tensor) == 0:
+            yield replace(run.parallel, **dict(zip(names, sizes, strict=True)))
 
 
-def _rows(run: Run, parallel: Parallel, gpus: int, held: Collection[str]) -> list[int]:
-    """Rows per pass: the recipe's, and powers of two up to 16 that divide a rank's share of the batch."""
-    if "train.micro_rows" in held:
-        return [run.train.micro_rows]
-    ranks = gpus // (parallel.pipeline * parallel.context * parallel.tensor)
+def _variants(run: Run, gpus: int, held: Collection[str]) -> Iterator[Run]:
+    """A layout with every choice of what else is free, fewest rows first."""
+    sizes = run.parallel
+    ranks = gpus // (sizes.pipeline * sizes.context * sizes.tensor)
     share = run.train.batch_rows // ranks
-    powers = [n for n in (1, 2, 4, 8, 16) if share and share % n == 0]
-    return sorted({*powers, run.train.micro_rows})
+    rows = sorted({*(n for n in (1, 2, 4, 8, 16) if share and share % n == 0), run.train.micro_rows})
+    if "train.micro_rows" in held:
+        rows = [run.train.micro_rows]
+    checkpointing = [run.train.activation_checkpointing] if "train.activation_checkpointing" in held else [False, True]
+    for micro_rows, again in product(rows, checkpointing):
+        if share % micro_rows == 0 or len(rows) == 1:
+            train = replace(run.train, micro_rows=micro_rows, activation_checkpointing=again)
+            yield replace(run, train=train)

@@ -13,7 +13,6 @@ from moe.errors import ConfigError
 from moe.parallel import Ranks
 
 GIB = 2**30
-FLOAT32_BYTES = 4
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -58,17 +57,15 @@ def require_memory(run: Run, ranks: Ranks) -> None:
     installed = installed_bytes(ranks.device)
     if installed is None:
         return
-    counted, layout = cost.parameters(run.model), ranks.layout
-    experts = counted.components.get("experts", 0)
-    here = (counted.total - experts) / layout.dense_shards + experts / (layout.expert * layout.expert_shard)
+    plan = cost.memory_bytes(run, ranks.layout)
     on_host = ranks.device.type == "cpu"
-    copy = 3 * FLOAT32_BYTES * here if on_host and run.checkpoint.asynchronous else 0
-    held = 4 * FLOAT32_BYTES * here + copy  # the parameters, their gradients, and Adam's two averages
+    copy = plan["parameters"] + plan["optimizer"] if on_host and run.checkpoint.asynchronous else 0
+    held = plan["parameters"] + plan["gradients"] + plan["optimizer"] + copy
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
     if held * sharing > installed:
         together = f" on each of {sharing} ranks" if sharing > 1 else ""
         raise ConfigError(
-            f"the parameters ({counted.total:,}), their gradients and the optimizer's state need "
+            f"the parameters ({cost.parameters(run.model).total:,}), their gradients and the optimizer's state need "
             f"{held / GIB:,.1f} GiB{together}, this {ranks.device.type} has {installed / GIB:,.1f} GiB: choose a "
             "smaller model.dim, model.num_layers or model.moe.num_experts, or spread them with parallel.shard or "
             "parallel.expert; moe show prints the plan"
