@@ -158,7 +158,8 @@ def start(device: str, timeout_seconds: float = 600.0) -> Ranks:
 def watched(ranks: Ranks, timeout_seconds: float) -> Watch:
     """A watch over this rank's progress, which ends the process after so long without any; a context around training."""
     store: Any = dist.distributed_c10d._get_default_store()
-    return Watch(ranks.progress, ranks.rank, ranks.world_size, timeout_seconds, store)
+    alike = ranks.layout.pipeline == 1  # the stages of a pipeline pass other blocks in another order
+    return Watch(ranks.progress, ranks.rank, ranks.world_size, timeout_seconds, store, alike=alike)
 
 
 def joined() -> bool:
