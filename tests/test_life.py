@@ -200,7 +200,8 @@ def test_the_laboratory_goes_on_where_it_stopped_and_repeats_itself(tmp_path):
     rows = json.loads(first)["parts"][2]["rows"]
     assert [row["flipped"] for row in rows] == [0, 1] and rows[0]["right"] == [512, 512]
     page = write_page(results, tmp_path / "page").read_text("utf-8")
-    assert "L(1, 2)" in page and (tmp_path / "page/life.png").stat().st_size > 10_000
+    assert "L(1, 2) was not pruned" in page, "20 updates teach nobody"
+    assert "| L(1, 2) | 53 |" in page and (tmp_path / "page/life.png").stat().st_size > 10_000
 
 
 def made_up(tmp_path, narrow: int, wide: int, magnitude: int, chance: int):
@@ -228,14 +229,14 @@ def made_up(tmp_path, narrow: int, wide: int, magnitude: int, chance: int):
 def test_claims_follow_the_numbers(tmp_path):
     found = made_up(tmp_path, narrow=2, wide=30, magnitude=20, chance=2)
     assert found["Training rarely finds the rule in the network that just suffices, n = 1"].verdict == "replicated"
-    assert found["Many times the parameters make it likely, n = 1"].verdict == "replicated"
+    assert found["Many times the parameters make it more likely, n = 1"].verdict == "replicated"
     assert found["Kept parameters of L(1, 8) beat as many at random"].verdict == "replicated"
     ticket = found["Kept parameters of L(1, 8) beat as many the same, with new first values (a lottery ticket)"]
     assert ticket.verdict == "undecided"
     assert "20/32" in found["A large winner, L(1, 8), can be pruned to a tenth at equal accuracy"].here
     found = made_up(tmp_path, narrow=30, wide=2, magnitude=0, chance=0)
     assert found["Training rarely finds the rule in the network that just suffices, n = 1"].verdict == "contradicted"
-    assert found["Many times the parameters make it likely, n = 1"].verdict == "contradicted"
+    assert found["Many times the parameters make it more likely, n = 1"].verdict == "contradicted"
     assert found["A large winner, L(1, 8), can be pruned to a tenth at equal accuracy"].verdict == "not shown"
 
 

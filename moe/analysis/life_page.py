@@ -72,7 +72,9 @@ _METHOD = """\
 """
 
 
-def write_page(results_path: Path, folder: Path, command: str = "moe life recipes/life.py") -> Path:
+def write_page(
+    results_path: Path, folder: Path, command: str = "moe life recipes/life.py --page docs/experiments"
+) -> Path:
     """Write life.md and life.png from results.json into a folder; returns the page. Raises UserError."""
     results = read_results(results_path)
     plot(results, folder / "life.png")
@@ -90,6 +92,8 @@ def page(results: Results, command: str) -> str:
         parts.append("## Success against width\n\n" + _growing(results))
     for part in results.pruning:
         parts.append(f"## Pruning the winners of L(1, {part['settings']['width']})\n\n" + _pruning(part))
+    for width in results.without_winners:
+        parts.append(f"## L(1, {width}) was not pruned\n\nNo network was exact to begin with.\n")
     for part in results.flips:
         rows = [[str(row["flipped"]), str(solved(row))] for row in part["rows"]]
         parts.append("## Flipped signs\n\n" + _table(["flipped, of 25", "exact after training"], rows))

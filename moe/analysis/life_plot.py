@@ -63,11 +63,11 @@ def _share_axis(axes: Axes, title: str, xlabel: str) -> None:
 def _width(axes: Axes, results: Results) -> None:
     for series, steps in enumerate(sorted({n for n, _ in results.growing})):
         found = {m: grown(part) for (n, m), part in sorted(results.growing.items()) if n == steps}
-        words = "one step" if steps == 1 else f"{steps} steps"
-        _line(axes, list(found), list(found.values()), f"{words}, {next(iter(found.values())).trials} networks", series)
+        words = "1 step" if steps == 1 else f"{steps} steps"
+        _line(axes, list(found), list(found.values()), f"{words}, exact", series)
         if steps > 1:
             loose = [without_error(results.growing[steps, m]) for m in found]
-            _line(axes, [m * 1.04 for m in found], loose, f"{words}, no error on random boards", 2)
+            _line(axes, [m * 1.04 for m in found], loose, f"{words}, right on boards", 2)
     widths = sorted({m for _, m in results.growing})
     axes.set_xscale("log", base=2)
     axes.set_xticks(widths, [str(m) for m in widths])

@@ -36,6 +36,9 @@ class Results:
     growing: dict[tuple[int, int], dict[str, Any]]
     """By (steps, width)."""
     pruning: list[dict[str, Any]]
+    """Those with winners."""
+    without_winners: list[int]
+    """Widths of those without: no network was exact, so that there was nothing to prune."""
     flips: list[dict[str, Any]]
     densities: list[dict[str, Any]]
     experts: list[dict[str, Any]]
@@ -54,8 +57,10 @@ def read_results(path: Path) -> Results:
             f"{path} holds no results of the laboratory ({error!r}): `moe life RECIPE` writes them"
         ) from error
     growing = {(p["settings"]["steps"], p["settings"]["width"]): p for p in parts.get("growing", [])}
-    kinds = {kind: parts.get(kind, []) for kind in ("pruning", "flips", "densities", "experts")}
-    return Results(life=life, growing=growing, **kinds)
+    kinds = {kind: parts.get(kind, []) for kind in ("flips", "densities", "experts")}
+    tried = parts.get("pruning", [])
+    lost = [part["settings"]["width"] for part in tried if not winners(part)]
+    return Results(life, growing, [part for part in tried if winners(part)], lost, **kinds)
 
 
 def grown(part: dict[str, Any]) -> Share:
@@ -127,7 +132,7 @@ def _about_width(results: Results) -> list[Claim]:
             text = f"Training rarely finds the rule in the network that just suffices, n = {steps}"
             found.append(Claim(text, f"L({steps}, 1): {narrow}", rare))
         if len(by_width) > 1:
-            text = f"Many times the parameters make it likely, n = {steps}"
+            text = f"Many times the parameters make it more likely, n = {steps}"
             here = f"L({steps}, {min(by_width)}): {narrow}; L({steps}, {max(by_width)}): {wide}"
             found.append(Claim(text, here, verdict(wide, narrow)))
             if steps > 1:
@@ -183,7 +188,7 @@ def _about_pruning(part: dict[str, Any]) -> list[Claim]:
     last, size = arms[MAGNITUDE][kept], f"{kept} of {total} parameters ({kept / total:.0%})"
     exists = "shown" if last.successes else "not shown"
     text = f"A large winner, L(1, {width}), can be pruned to a tenth at equal accuracy"
-    found = [Claim(text, f"{size}: {last} exact", exists)]
+    found = [Claim(text, f"{size}: {last} of the winners stay exact", exists)]
     for arm, text in ((RANDOM, "at random"), (AGAIN, "the same, with new first values (a lottery ticket)")):
         chances = paired_chances(part, arm)
         apart = [k for k, (better, worse, p) in chances.items() if p * len(chances) < 0.05 and better > worse]
