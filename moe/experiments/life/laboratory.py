@@ -71,7 +71,7 @@ def _parts(life: Life) -> Iterator[Part]:
     """Every part in the order of the page; its settings are its own and those that all parts share."""
     common = {k: v for k, v in dump(life).items() if k in ("seed", "board", "density", "boards", "threads")}
 
-    def part(name: str, spec: Any, work: Callable[[Life, Any], dict], **more: Any) -> Part:
+    def part(name: str, spec: Any, work: Callable[..., dict], **more: Any) -> Part:
         return Part(name, {**common, **dump(spec), **more}, lambda: work(life, spec, **more))
 
     for spec in life.growing:
