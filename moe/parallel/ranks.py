@@ -53,6 +53,11 @@ class Ranks:
         """Which of the `layout.data_ranks` shares of the rows this rank sees."""
         return self.layout.data_rank(self.rank)
 
+    @property
+    def context_rank(self) -> int:
+        """Which of the `layout.context` parts of each row this rank sees."""
+        return self.layout.context_rank(self.rank)
+
     def arranged(self, layout: Layout) -> "Ranks":
         """These ranks in a layout for as many of them; every rank calls it."""
         assert layout.world_size == self.world_size
@@ -71,6 +76,13 @@ class Ranks:
         tensor = tensor.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(tensor)
+        return tensor
+
+    def sum_over_row(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that see other parts of the same rows, without gradient; the argument is left alone."""
+        tensor = tensor.detach().clone()
+        if self.mesh is not None and self.layout.context > 1:
+            dist.all_reduce(tensor, group=self.mesh.context)
         return tensor
 
     def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
