@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from moe.attention import GroupedQuery, Latent
 from moe.config.schema import Run
 from moe.experts import Experts
 from moe.init import materialise
@@ -71,8 +72,9 @@ def share_rows(model: Transformer, ranks: Ranks) -> None:
     """Tell a model which ranks hold the other parts of its rows."""
     if ranks.layout.context > 1 and ranks.mesh is not None:
         model.context = Ulysses(ranks.mesh.context)
-        for block in model.layers:
-            block.attention.context = model.context
+        for module in model.modules():
+            if isinstance(module, GroupedQuery | Latent):
+                module.context = model.context
 
 
 def spread(model: Transformer, run: Run, ranks: Ranks) -> None:
