@@ -16,8 +16,10 @@ from rich.table import Table
 from moe.config.load import load
 from moe.config.schema import Run
 from moe.config.words import typed
+from moe.cost.charges import Charge, Graded, planned_charge
 from moe.cost.search import SIZES, Found, Plan, search, usable_memory
 from moe.cost.step_time import OURS, Assumptions, Cluster
+from moe.cost.totals import totals as totals_of
 from moe.errors import ConfigError, UserError
 from moe_triton.roofline import MACHINES
 
@@ -119,11 +121,11 @@ def _record(
         "layouts": len(found.plans),
         "layouts_refused": found.refused,
         "variants_too_large": found.too_large,
-        "plans": [plan_record(plan, run, gpus) for plan in found.plans[:top]],
+        "plans": [plan_record(plan, run, gpus, gpu) for plan in found.plans[:top]],
     }
 
 
-def plan_record(plan: Plan, run: Run, gpus: int) -> Json:
+def plan_record(plan: Plan, run: Run, gpus: int, gpu: str) -> Json:
     """One plan as plain values: what to type, memory, traffic, time, and the whole run's totals."""
     return {
         "type": typed_overrides(plan, run),
@@ -138,19 +140,36 @@ def plan_record(plan: Plan, run: Run, gpus: int) -> Json:
         "step_seconds": plan.step.seconds,
         "tokens_per_second": plan.step.tokens_per_second,
         "mfu": plan.step.mfu,
-        "whole_run": whole_run(plan, gpus),
+        "whole_run": whole_run(plan, gpus, gpu),
     }
 
 
-def whole_run(plan: Plan, gpus: int) -> dict[str, float]:
-    """Totals of all steps; what is priced per GPU hour or per joule starts from these."""
+def whole_run(plan: Plan, gpus: int, gpu: str) -> Json:
+    """Totals of all steps, and what they cost at the recipe's `cost.*`: graded numbers, null where a rate is not known.
+
+    FLOPs and checkpoints include evaluations and saves; time, and what follows from it, the steps only. Energy takes every
+    board at its limit all the time, so it is an upper bound.
+    """
     seconds = plan.run.train.steps * plan.step.seconds
+    used = totals_of(plan.run, plan.layout.data_ranks)
+    cost = planned_charge(plan.run.cost, MACHINES[gpu].chip.name, gpus, seconds)
     return {
         "steps": plan.run.train.steps,
         "tokens": plan.run.train.steps * plan.run.train.batch_rows * plan.run.data.sequence_length,
         "days": seconds / 86400,
         "gpu_hours": gpus * seconds / 3600,
+        "flops": used.flops,
+        "checkpoints": used.checkpoints,
+        "checkpoint_bytes": used.checkpoint_bytes,
+        "bytes_written": used.bytes_written,
+        "bytes_kept": used.bytes_kept,
+        **{name: None if value is None else asdict(value) for name, value in cost_items(cost)},
     }
+
+
+def cost_items(cost: Charge) -> list[tuple[str, Graded | None]]:
+    """The parts of a charge by name."""
+    return [("kwh", cost.kwh), ("gco2e", cost.gco2e), ("dollars", cost.dollars)]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -191,7 +210,21 @@ def totals(best: Json) -> list[tuple[str, str]]:
         ("tokens", f"{run['tokens']:,}"),
         ("days", f"{run['days']:,.2f}"),
         ("GPU hours", f"{run['gpu_hours']:,.0f}"),
+        ("FLOPs executed", f"{run['flops']:.4g}"),
+        (
+            f"{run['checkpoints']:,} checkpoint(s)",
+            f"{run['checkpoint_bytes'] / GIB:,.2f} GiB each, {run['bytes_kept'] / GIB:,.2f} kept, "
+            f"{run['bytes_written'] / GIB:,.2f} written",
+        ),
+        ("kWh, at most", _graded(run["kwh"])),
+        ("gCO2e, at most", _graded(run["gco2e"])),
+        ("US dollars", _graded(run["dollars"])),
     ]
+
+
+def _graded(entry: Json | None) -> str:
+    """A number, how it is known and from where."""
+    return "unknown" if entry is None else f"{entry['value']:,.2f}  {entry['grade']}: {entry['source']}"
 
 
 def command(record: Json, best: Json) -> str:

@@ -169,3 +169,20 @@ def test_predictions_are_as_near_to_published_trainings_as_the_page_says():
     errors = {(t.name, t.gpus): abs(rate / t.rate - 1) for t, rate in published["rows"]() if not t.fitted}
     assert len(errors) >= 6 and median(errors.values()) < 0.25
     assert sorted(errors.values())[-2] < 0.5, "all but OLMoE's, whose cause the page names"
+
+
+def test_the_whole_run_is_charged_at_the_recipes_rates():
+    given = ["cost.region=SWE", "cost.pue=1.1", "cost.price_per_hour=2.5", "checkpoint.every_steps=1000"]
+    best = plan(OLMOE, given, gpus=16, as_json=True, console=Console(file=StringIO()))["plans"][0]["whole_run"]
+    hours = best["gpu_hours"]
+    assert best["dollars"]["value"] == pytest.approx(2.5 * hours)
+    assert best["kwh"]["value"] == pytest.approx(0.7 * hours * 1.1)  # 700 W boards
+    assert best["gco2e"]["value"] == pytest.approx(0.7 * hours * 1.1 * 41) and best["gco2e"]["grade"] == "assumed"
+    run = load(OLMOE)
+    assert best["flops"] > run.train.steps * run.train.batch_rows * run.data.sequence_length * train_flops_per_token(
+        run.model, run.data.sequence_length
+    )
+    assert best["bytes_written"] == best["checkpoints"] * best["checkpoint_bytes"]
+    printed = StringIO()
+    plan(OLMOE, given, gpus=16, console=Console(file=printed, width=140))
+    assert "US dollars" in printed.getvalue() and "cost.price_per_hour" in printed.getvalue()

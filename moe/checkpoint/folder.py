@@ -49,10 +49,7 @@ def newest(out: Path) -> Saved | None:
     Raises CheckpointError if it is damaged.
     """
     folders = _folders(out)
-    try:
-        return _checked(folders[-1]) if folders else None
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}: remove that checkpoint's folder to use the one before") from error
+    return _checked(folders[-1]) if folders else None
 
 
 def find(out: Path) -> tuple[Saved | None, list[Damaged]]:
@@ -120,7 +117,7 @@ def _read(path: Path) -> Saved:
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} {what}")
+    return CheckpointError(f"{path} {what}: remove that checkpoint's folder to use the one before")
 
 
 def checksum(path: Path) -> str:

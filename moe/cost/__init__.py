@@ -9,6 +9,7 @@ search      the layouts of a number of GPUs that hold a run, fastest first
 twin        the dense runs of equal FLOPs per token, and of equal parameters in all
 throughput  tokens and FLOPs of a step, model FLOPs utilisation, peaks of known devices
 rates       tables: carbon of electricity by region, watts and prices of devices
+totals      what a whole run is going to execute, save and hold
 charges     from seconds and joules to kWh, carbon and money, each with how well it is known
 """
 

@@ -1,0 +1,128 @@
+"""What a whole run is going to use, before it begins: executed FLOPs, bytes of checkpoints, memory of a process on a CPU.
+
+`moe plan` prints these and `moe ledger` measures them; tests/test_totals.py holds the one to the other within 10 %.
+"""
+
+from dataclasses import dataclass
+
+from moe.config.schema import GroupedQueryAttention, Model, Run, expert_dim, expert_widths, is_moe_layer
+from moe.cost.counting import flops_by_component, moe_layers, parameters
+from moe.cost.memory import memory_bytes
+from moe.cost.shares import needs_first_pass
+
+BYTES_PER_PARAMETER = 12
+"""In a checkpoint: the parameter and Adam's two averages, float32."""
+BYTES_PER_TENSOR = 23_600
+"""That a checkpoint adds for every parameter tensor: names, shapes, settings of its optimizer. Measured, torch 2.13."""
+SAMPLE_TOKENS = 256
+"""Tokens of the probe rows, about, that moe/train/health.py sends through every expert."""
+PROCESS_BYTES = 420 * 2**20
+"""Python, torch and the libraries in a training process on a CPU. Measured here, torch 2.13; larger where torch has CUDA."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of all steps, evaluations and saves."""
+
+    flops: float
+    """Executed matrix products over all ranks."""
+    step_flops: float
+    """Of one step."""
+    checkpoints: int
+    """Saves; with keep_best those of new bests come on top."""
+    checkpoint_bytes: int
+    """Of one checkpoint."""
+    bytes_written: int
+    bytes_kept: int
+
+
+def totals(run: Run, data_ranks: int = 1) -> Totals:
+    """Totals of a run whose batch `data_ranks` ranks share."""
+    step, saves, size = executed_flops(run, data_ranks), saves_of(run), checkpoint_bytes(run.model)
+    kept = min(saves, run.checkpoint.keep_last) + run.checkpoint.keep_best
+    return Totals(
+        flops=run.train.steps * step + evaluation_flops(run, step),
+        step_flops=step,
+        checkpoints=saves,
+        checkpoint_bytes=size,
+        bytes_written=saves * size,
+        bytes_kept=kept * size,
+    )
+
+
+def executed_flops(run: Run, data_ranks: int = 1) -> float:
+    """FLOPs of one step over all ranks, as torch counts them: with everything that is computed twice.
+
+    Fused attention computes the scores again in its backward pass (5 products for 4); checkpointing every block's
+    forward pass; a first pass for the balance loss the whole forward pass.
+    """
+    length = run.data.sequence_length
+    parts = flops_by_component(run.model, length)
+    forward = sum(parts.values())
+    per_token = 3 * forward + parts["scores"] / 2
+    if run.train.activation_checkpointing:
+        per_token += forward - parts["head"]
+    if needs_first_pass(run, data_ranks):
+        per_token += forward
+    return per_token * run.train.batch_rows * length
+
+
+def evaluation_flops(run: Run, step_flops: float) -> float:
+    """FLOPs of all evaluations: the rows' forward passes, and what health.jsonl is measured from."""
+    evaluation, length = run.evaluation, run.data.sequence_length
+    forward = sum(flops_by_component(run.model, length).values()) * length
+    every = evaluation.every_steps
+    times = (run.train.steps // every if every else 0) + (0 if every and run.train.steps % every == 0 else 1)
+    rows = times * evaluation.rows + evaluation.final_rows
+    return rows * forward + times * _health_flops(run, step_flops, forward)
+
+
+def _health_flops(run: Run, step_flops: float, row_flops: float) -> float:
+    """FLOPs of one measurement of health, about: a step, its balance losses' way back through all but the outer blocks, the
+    probe rows, and a sample of their tokens through every expert.
+    """
+    moe, layers = run.model.moe, moe_layers(run.model)
+    if moe is None or not layers or not run.evaluation.probe_rows:
+        return 0.0
+    batch = run.train.batch_rows * row_flops
+    inner = 2 * batch * max(0, run.model.num_layers - 2) / run.model.num_layers
+    again = batch if run.train.activation_checkpointing else 0.0
+    sample = min(SAMPLE_TOKENS, run.evaluation.probe_rows * run.data.sequence_length) * len(layers)
+    experts = sample * 6 * expert_dim(run.model) * sum(expert_widths(moe))
+    return step_flops + inner + again + run.evaluation.probe_rows * row_flops + experts
+
+
+def saves_of(run: Run) -> int:
+    """Checkpoints that a run of its own writes, the last one included."""
+    every, steps = run.checkpoint.every_steps, run.train.steps
+    return (steps // every if every else 0) + (0 if every and steps % every == 0 else 1)
+
+
+def checkpoint_bytes(model: Model) -> int:
+    """Bytes of one checkpoint."""
+    return BYTES_PER_PARAMETER * parameters(model).total + BYTES_PER_TENSOR * tensors(model)
+
+
+def tensors(model: Model) -> int:
+    """Parameter tensors of a model, biases and norms inside attention left out."""
+    attention = 4 if isinstance(model.attention, GroupedQueryAttention) else 6
+    count = 2 if model.tied_head else 3
+    for layer in range(model.num_layers):
+        count += 2 + attention + (3 if not is_moe_layer(model, layer) else _expert_tensors(model))
+    return count
+
+
+def _expert_tensors(model: Model) -> int:
+    moe = model.moe
+    assert moe is not None
+    router = moe.router.parameters(dim=model.dim, num_experts=moe.num_experts, top_k=moe.top_k) > 0
+    return 3 + router + 3 * (moe.shared_hidden > 0) + moe.shared_gate + 2 * (moe.latent_dim > 0)
+
+
+def process_bytes(run: Run) -> int:
+    """Peak resident memory of a run in one process on a CPU: libraries, the step's plan, and the copy that is being saved.
+
+    With checkpointing, measuring health can hold more than a step does, and is not in it.
+    """
+    copy = BYTES_PER_PARAMETER * parameters(run.model).total if run.checkpoint.asynchronous else 0
+    return PROCESS_BYTES + sum(memory_bytes(run).values()) + copy
