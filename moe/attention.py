@@ -9,6 +9,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, Rotary
 from moe.errors import UserError
 from moe.moe_layer import Linear
+from moe.parallel.ulysses import Ulysses
 
 
 class RMSNorm(nn.Module):
@@ -116,10 +117,14 @@ def attention_mask(position_S: Tensor, document_BS: Tensor | None, window: int, 
 
 
 class GroupedQuery(nn.Module):
-    """Grouped-query attention with optional biases, query/key norms and sinks."""
+    """Grouped-query attention with optional biases, query/key norms and sinks.
+
+    With a `context` (moe/train/sharding.py sets it) x_BSD is this rank's part of the rows, and `mask` that of whole rows.
+    """
 
     def __init__(self, config: GroupedQueryAttention, model: Model):
         super().__init__()
+        self.context: Ulysses | None = None
         D, N, M, H = model.dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.config = config
         self.query = Linear(D, N * H, bias=config.qkv_bias)
@@ -149,10 +154,12 @@ class GroupedQuery(nn.Module):
         query, key = rotate(query, cos_sin), rotate(key, cos_sin)
         if past is not None:
             key, value = past.extend(key, value)
+        if self.context is not None:
+            query, key, value = self.context.to_heads(query, key, value)
         if self.sink_N is not None:
             out = self._with_sinks(query, key, value, mask)
         else:
-            groups = self.config.num_heads // self.config.num_kv_heads
+            groups = query.shape[1] // key.shape[1]
             if groups > 1 and (mask is not None or not query.is_cuda):
                 # torch's fused kernels share key heads only on CUDA and without a mask; elsewhere it would fall back to
                 # materialising all scores
@@ -167,6 +174,8 @@ class GroupedQuery(nn.Module):
                 scale=self.scale,
                 enable_gqa=groups > 1,
             )
+        if self.context is not None:
+            out = self.context.to_tokens(out)
         return self.out(out.transpose(1, 2).flatten(2))
 
     def _with_sinks(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -179,7 +188,8 @@ class GroupedQuery(nn.Module):
         B, N, S, H = query.shape
         groups = N // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        sink = (self.sink_N / self.scale).to(query.dtype).view(1, N, 1, 1).expand(B, N, 1, 1)
+        sink_N = self.sink_N if self.context is None else self.context.heads_here(self.sink_N)
+        sink = (sink_N / self.scale).to(query.dtype).view(1, N, 1, 1).expand(B, N, 1, 1)
         sink_key = pad(torch.cat((key.new_zeros(B, N, 1, H), sink), dim=3), (0, 7))
         key = torch.cat((sink_key, pad(key, (0, 8))), dim=2)
         value = pad(value, (0, 8, 1, 0))
@@ -192,10 +202,11 @@ class GroupedQuery(nn.Module):
 
 
 class Latent(nn.Module):
-    """Multi-head latent attention; keys and values are expanded from a vector of rank kv_rank."""
+    """Multi-head latent attention; keys and values are expanded from a vector of rank kv_rank. `context`: see GroupedQuery."""
 
     def __init__(self, config: LatentAttention, model: Model):
         super().__init__()
+        self.context: Ulysses | None = None
         D, N = model.dim, config.num_heads
         self.config = config
         query_dim = N * (config.nope_dim + config.rope_dim)
@@ -228,6 +239,10 @@ class Latent(nn.Module):
         key = torch.cat((key_nope, key_rope), dim=-1)
         if past is not None:
             key, value = past.extend(key, value)
+        if self.context is not None:
+            query, key, value = self.context.to_heads(query, key, value)
         causal = mask is None and query.shape[2] == key.shape[2]
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale)
+        if self.context is not None:
+            out = self.context.to_tokens(out)
         return self.out(out.transpose(1, 2).flatten(2))

@@ -39,8 +39,11 @@ def _balance_value(
         S = share_TE.shape[0] // max(B, 1)
         row_R = token_R // max(S, 1)
         counts_BE = count_rows(row_R * (E + 1) + routed_R, B * (E + 1)).view(B, E + 1)[:, :E].to(share_TE.dtype)
+        # the last column: valid tokens of the row
+        counts_BE = tokens.over_row(torch.cat((counts_BE, valid_TE.view(B, S).sum(1, keepdim=True)), 1))
+        counts_BE, valid_B1 = counts_BE.split((E, 1), 1)
         f_BE = counts_BE / counts_BE.sum(1, keepdim=True).clamp(min=1)
-        p_BE = (share_TE * valid_TE).view(B, S, E).sum(1) / valid_TE.view(B, S).sum(1, keepdim=True).clamp(min=1)
+        p_BE = (share_TE * valid_TE).view(B, S, E).sum(1) / valid_B1.clamp(min=1)
         return E * (f_BE * p_BE).sum() / tokens.step_rows.clamp(min=1)
     if scope == "micro_batch" or (tokens.step_counts_LE is None and tokens.sum_over_ranks is None):
         counts_E = count_rows(routed_R, E)

@@ -297,6 +297,27 @@ def ledger(
 
 
 @app.command()
+def life(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/life.py, or a JSON file of such settings")],
+    overrides: OverridesArgument = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder of results; what it holds already is reused")] = Path(
+        "runs/life"
+    ),
+    page: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder of life.md and its figure, by default --out")
+    ] = None,
+) -> None:
+    """Run the Game of Life laboratory: how large a network must be to learn a rule, and how small the rule is."""
+    notices: list[str] = []
+    kind = _lazy("moe.config.life", "Life")
+    settings = _lazy("moe.config.load", "load_as")(kind, recipe, overrides or [], notices=notices)
+    for notice in notices:
+        typer.echo(notice)
+    results = _lazy("moe.experiments.life.laboratory", "run")(settings, out, typer.echo)
+    typer.echo(_lazy("moe.analysis.life_page", "write_page")(results, page if page is not None else out))
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the model")],

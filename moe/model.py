@@ -14,6 +14,7 @@ from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_l
 from moe.init import initialise, off_meta
 from moe.moe_layer import Linear, MoELayer, SwiGLU
 from moe.parallel.exchange import EXCHANGE_COUNTS
+from moe.parallel.ulysses import Ulysses
 from moe.routing import Counts, Routing, Selection, Tokens
 
 IGNORE = -100
@@ -93,12 +94,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token ids to logits or loss. Parameters are float32; `dtype` is the type of activations and matrix products.
 
-    `recompute` keeps only block inputs and the routing decision for backward (activation checkpointing).
+    `recompute` keeps only block inputs and the routing decision for backward (activation checkpointing). With a `context`
+    (moe/train/sharding.py sets it) each rank gets its part of every row.
     """
 
     def __init__(self, config: Model, *, seed: int = 0, dtype: torch.dtype = torch.float32, recompute: bool = False):
         super().__init__()
         self.config, self.dtype, self.recompute = config, dtype, recompute
+        self.context: Ulysses | None = None
         attention = config.attention
         grouped = isinstance(attention, GroupedQueryAttention)
         rotated_dim = round(attention.head_dim * config.rotary.fraction) if grouped else attention.rope_dim
@@ -129,10 +132,14 @@ class Transformer(nn.Module):
         entry per layer, holds the tokens before ids_BS and is extended by it.
         """
         past = cache[0].length if cache is not None else 0
-        position_S = torch.arange(past, past + ids_BS.shape[1], device=ids_BS.device)
-        tokens = tokens if tokens is not None else Tokens.of(ids_BS, first_position=past)
+        first = past if self.context is None else self.context.first(ids_BS.shape[1])
+        position_S = torch.arange(first, first + ids_BS.shape[1], device=ids_BS.device)
+        tokens = tokens if tokens is not None else Tokens.of(ids_BS, first_position=first)
         cos_sin = self.rotary(position_S)
         document_BS = tokens.document_T.view_as(ids_BS) if self.config.document_mask and cache is None else None
+        if self.context is not None:
+            position_S = torch.arange(ids_BS.shape[1] * self.context.ranks, device=ids_BS.device)
+            document_BS = self.context.whole(document_BS) if document_BS is not None else None
         masks = {window: attention_mask(position_S, document_BS, window, past) for window in set(self.windows)}
         x_BSD = self.embedding(ids_BS).to(self.dtype)
         routings: list[tuple[int, Routing]] = []

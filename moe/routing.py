@@ -23,7 +23,7 @@ class Selection(NamedTuple):
 
 
 class SumOverRanks(Protocol):
-    """Sums a tensor over every rank of the run (no gradient)."""
+    """Sums a tensor over ranks that see other tokens (no gradient)."""
 
     def __call__(self, tensor: Tensor, /) -> Tensor: ...
 
@@ -56,6 +56,12 @@ class Tokens:
     """Whether to report the statistics that only a log reads; losses and router updates need none of them."""
     sum_over_ranks: SumOverRanks | None = None
     """Set when this micro-batch is all of this rank's share of the step: `global` scope sums its counts with it."""
+    sum_over_row: SumOverRanks | None = None
+    """Set when other ranks hold other parts of the same rows (parallel.context): sums over those ranks."""
+
+    def over_row(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all parts of the same rows, without gradient; itself where rows are whole."""
+        return tensor if self.sum_over_row is None else self.sum_over_row(tensor)
 
     @staticmethod
     def of_hidden(x_BSD: Tensor, *, step: int = 0) -> "Tokens":

@@ -75,7 +75,7 @@ def warnings(run: Run, layout: Layout) -> list[str]:
             f"router {router_name(moe.router)} is not causal: which experts a token gets depends on later tokens of "
             "its row, so the training loss is a little too good, and generation routes otherwise"
         )
-    if needs_first_pass(run, layout.data_ranks):
+    if needs_first_pass(run, layout):
         texts.append(
             "balance scope global over several micro-batches needs a first forward pass without gradient, for the "
             "counts: about a third more FLOPs; micro_rows=batch_rows or scope=sequence does without"

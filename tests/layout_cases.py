@@ -16,7 +16,7 @@ from rank_cases import ROUTERS, ROWS, difference, health, run_of, steps
 
 from moe import parallel
 from moe.config.layout import resolve
-from moe.config.schema import AdamW, Balance, Parallel, Run
+from moe.config.schema import AdamW, Balance, GroupedQueryAttention, LatentAttention, Parallel, Run
 from moe.parallel import Ranks
 from moe.routers._scores import linear_logits
 from moe.routers.topk import Config as TopK
@@ -30,6 +30,8 @@ LAYOUTS = {
         Parallel(expert=2),
         Parallel(expert=2, dispatch="rows"),
         Parallel(shard=2, expert=2),
+        Parallel(context=2),
+        Parallel(context=2, expert=2),
     ],
     4: [
         Parallel(shard=4),
@@ -39,8 +41,27 @@ LAYOUTS = {
         Parallel(shard=4, expert=2),
         Parallel(replicate=2, shard=2, expert=2),
         Parallel(replicate=2, shard=2, expert=4),
+        Parallel(replicate=2, context=2),
+        Parallel(shard=2, context=2),
+        Parallel(shard=2, context=2, expert=2),
+        Parallel(shard=2, context=2, expert=4),
+        Parallel(replicate=2, context=2, expert=2),
     ],
 }
+
+
+ATTENTIONS = {
+    "one key head": GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=8, qkv_bias=True, out_bias=True),
+    "windows and sinks": GroupedQueryAttention(
+        num_heads=4, num_kv_heads=4, head_dim=8, windows=(4, 0), sinks=True, qk_norm="full"
+    ),
+    "latent": LatentAttention(num_heads=2, q_rank=6, kv_rank=6, nope_dim=4, rope_dim=4, value_dim=6),
+}
+PARTIAL = {
+    False: TopK(capacity_factor=0.8),
+    True: TopK(noise="gaussian", noise_scale=0.5, balance=Balance(weight=1.0, scope="sequence")),
+}
+"""A router that looks at whole rows; and, where rows are cut, one whose draws and loss go by place in the row."""
 
 
 def name_of(layout: Parallel) -> str:
@@ -101,7 +122,7 @@ def single_precision(started: Ranks) -> dict[str, dict[str, float | str]]:
 
 def main() -> None:
     """Every layout with several routers, accumulation, recomputation and clipping; `single` for single precision."""
-    started = parallel.start("cpu")
+    started = parallel.start("cuda" if "cuda" in sys.argv else "cpu")
     if "single" in sys.argv:
         rows = single_precision(started)
         if started.first:
@@ -110,15 +131,15 @@ def main() -> None:
         return
     alone = Ranks(0, 1, started.device)
     rows = {}
-    routers = {"global": ROUTERS["global"], "loss_free": ROUTERS["loss_free"], "drops": TopK(capacity_factor=0.8)}
     for layout in LAYOUTS[started.world_size]:
         ranks = None
-        for (name, router), parts, recompute in [
-            (("global", routers["global"]), 1, False),
-            (("loss_free", routers["loss_free"]), 1, True),
-            (("drops", routers["drops"]), 2, False),
+        for name, (router, attention, documents), parts, recompute in [
+            ("global", ("global", "one key head", True), 1, False),
+            ("loss_free", ("loss_free", "windows and sinks", False), 1, True),
+            ("cut rows" if layout.context > 1 else "drops", ("", "latent", False), 2, False),
         ]:
-            run = run_of(router, 1, recompute)
+            run = run_of(ROUTERS.get(router) or PARTIAL[layout.context > 1], 1, recompute)
+            run = replace(run, model=replace(run.model, attention=ATTENTIONS[attention], document_mask=documents))
             ranks = ranks or started.arranged(resolve(replace(run, parallel=layout), started.world_size))
             micro_rows = ROWS // ranks.layout.data_ranks // parts
             train = replace(run.train, micro_rows=micro_rows, clip_norm=0.5 if parts == 2 else 0.0)

@@ -131,7 +131,7 @@ def test_tokens_travel_four_times_with_their_weights_and_places(dispatch):
 def test_a_global_balance_loss_over_several_passes_sends_tokens_once_more():
     plain, counted = run_of(micro_rows=1), run_of(scope="global", micro_rows=1)
     layout = Layout(replicate=2, expert=2)
-    assert not needs_first_pass(plain, 2) and needs_first_pass(counted, 2)
+    assert not needs_first_pass(plain, layout) and needs_first_pass(counted, layout)
     before, after = (sent_bytes(traffic(run, layout)) for run in (plain, counted))
     assert after["combine"] == 2 * before["combine"]
     assert after["combine, backward"] == before["combine, backward"]

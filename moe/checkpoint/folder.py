@@ -49,7 +49,10 @@ def newest(out: Path) -> Saved | None:
     Raises CheckpointError if it is damaged.
     """
     folders = _folders(out)
-    return _checked(folders[-1]) if folders else None
+    try:
+        return _checked(folders[-1]) if folders else None
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: remove that checkpoint's folder to use the one before") from error
 
 
 def find(out: Path) -> tuple[Saved | None, list[Damaged]]:
@@ -117,7 +120,7 @@ def _read(path: Path) -> Saved:
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} {what}: remove that checkpoint's folder to use the one before")
+    return CheckpointError(f"{path} {what}")
 
 
 def checksum(path: Path) -> str:

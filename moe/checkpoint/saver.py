@@ -77,7 +77,8 @@ class Saver:
         self._settle()
         self.step, self.error = step, None
         state = state_of(self.model, self.optimizer)
-        self.error = self.ranks.broadcast(self._begin(state_bytes(state)) if self.ranks.first else None)
+        size = state_bytes(state) * self.ranks.layout.pipeline  # stages are about as large as each other
+        self.error = self.ranks.broadcast(self._begin(size) if self.ranks.first else None)
         if self.error is not None:
             self._complain()
             return

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -43,7 +44,7 @@ def state_bytes(state: dict[str, dict[str, Any]]) -> int:
 def load(saved: Saved, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
     """Load a checkpoint into a model and its optimizer. Raises CheckpointError when names, shapes or types differ."""
     state = state_of(model, optimizer)
-    _check_names(saved, state)
+    _check_names(saved, state, ranks)
     with one_process():
         dcp.load(state, checkpoint_id=saved.path, process_group=ranks.patient, no_dist=ranks.world_size == 1)
     # the checkpoint's own learning rate, decay and betas give way to the run's, which may have been changed on resume
@@ -71,8 +72,13 @@ def read_tensors(saved: Saved, names: Iterable[str]) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
-def _check_names(saved: Saved, state: dict[str, dict[str, Any]]) -> None:
+def _check_names(saved: Saved, state: dict[str, dict[str, Any]], ranks: Ranks) -> None:
     """Every tensor of the model and the optimizer is stored with its shape and type, and no other of the model's is."""
+    names = {f"{part}.{name}" for part, values in state.items() for name in values}
+    if ranks.layout.pipeline > 1:  # each rank has some of the blocks
+        parts: list[set[str]] = [set()] * ranks.world_size
+        dist.all_gather_object(parts, names, group=ranks.patient)
+        names = set().union(*parts)
     stored = {
         key: (tuple(item.size), str(item.properties.dtype))
         for key, item in read_index(saved.path).state_dict_metadata.items()
@@ -84,7 +90,7 @@ def _check_names(saved: Saved, state: dict[str, dict[str, Any]]) -> None:
         for name, value in values.items()
         if isinstance(value, Tensor)
     }
-    strangers = [key for key in stored if key.startswith("model.") and key not in wanted]
+    strangers = [key for key in stored if key.startswith("model.") and key not in names]
     wrong = sorted([key for key in wanted if stored.get(key) != wanted[key]] + strangers)
     if wrong:
         lines = "; ".join(

@@ -30,7 +30,7 @@ def check(run: Run) -> None:
         *_latent(run.model),
         *_rotary(run),
         *_layers(run.model),
-        *(_experts(run.model.moe) if run.model.moe is not None else ()),
+        *(expert_problems(run.model.moe) if run.model.moe is not None else ()),
         *_vocabulary(run),
         *_batch(run),
         *_schedule(run),
@@ -142,7 +142,8 @@ def _layers(model: Model) -> Iterator[str]:
         )
 
 
-def _experts(moe: MoE) -> Iterator[str]:
+def expert_problems(moe: MoE) -> Iterator[str]:
+    """Sentences about every rule that expert layers break; paths are those of a Run."""
     if moe.top_k > moe.num_experts:
         yield (
             f"model.moe.top_k ({moe.top_k}) must be at most num_experts ({moe.num_experts}): "

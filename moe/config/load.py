@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moe.config import schema
 from moe.config.check import check
@@ -21,9 +21,10 @@ from moe.config.validate import validate
 from moe.config.words import shown, suggestion
 from moe.errors import ConfigError
 
-__all__ = ["dump", "known_routers", "load", "resolve_router", "router_config", "router_name"]
+__all__ = ["dump", "known_routers", "load", "load_as", "resolve_router", "router_config", "router_name"]
 
 SCHEMA_VERSION = 1
+T = TypeVar("T")
 
 
 def load(
@@ -33,11 +34,18 @@ def load(
 
     What an override dropped by changing a name is appended to `notices`. Raises ConfigError: rule, numbers, way out.
     """
-    data = _plain_run(source)
-    data = apply(complete(Slot(base=Run, config=Run), data), list(overrides), [] if notices is None else notices)
-    run = validate(data)
+    run = load_as(Run, source, overrides, notices=notices)
     check(run)
     return run
+
+
+def load_as(
+    kind: type[T], source: str | Path | dict[str, Any] | T, overrides: Iterable[str] = (), *, notices: list[str] | None
+) -> T:
+    """A config class of another kind than Run from the same sources; rules between its fields are the caller's to check."""
+    slot = Slot(base=kind, config=kind)
+    data = complete(slot, _plain_source(kind, source))
+    return validate(apply(data, list(overrides), [] if notices is None else notices, kind), kind)
 
 
 def dump(config: Any) -> Any:
@@ -53,8 +61,8 @@ def router_config(name: str, **fields: Any) -> RouterConfig:
     return cls(**fields)
 
 
-def _plain_run(source: str | Path | dict[str, Any] | Run) -> Any:
-    if isinstance(source, Run):
+def _plain_source(kind: type, source: Any) -> Any:
+    if isinstance(source, kind):
         return dump(source)
     if isinstance(source, dict):
         return _from_document(plain(source), "the given dict")
@@ -63,7 +71,7 @@ def _plain_run(source: str | Path | dict[str, Any] | Run) -> Any:
         return _from_document(_read_json(Path(text)), text)
     path, colon, variant = text.rpartition(".py:")
     if colon or text.endswith(".py"):
-        return dump(_from_recipe(Path(f"{path}.py" if colon else text), variant if colon else "run"))
+        return dump(_from_recipe(kind, Path(f"{path}.py" if colon else text), variant if colon else "run"))
     folder = f"; for the run in that folder: {text}/run.json" if (Path(text) / "run.json").is_file() else ""
     raise ConfigError(f"{text!r} must be a recipe (x.py or x.py:variant) or a run.json: e.g. recipes/smoke.py{folder}")
 
@@ -98,12 +106,12 @@ def _from_document(data: Any, where: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------- recipes
 
 
-def _from_recipe(path: Path, variant: str) -> Run:
+def _from_recipe(kind: type, path: Path, variant: str) -> Any:
     module = load_file(path, "recipe")
     functions = {name: item for name, item in vars(module).items() if _is_variant(item, module.__name__)}
     if variant not in functions:
         raise ConfigError(
-            f"recipe {path} has no function {variant!r} that takes no arguments and returns a Run: "
+            f"recipe {path} has no function {variant!r} that takes no arguments and returns a {kind.__name__}: "
             f"{suggestion(variant, functions)}: name one with {path}:FUNCTION"
         )
     function = functions[variant]
@@ -111,11 +119,12 @@ def _from_recipe(path: Path, variant: str) -> Run:
         run = function()
     except (Exception, SystemExit) as error:
         raise file_error(error, path.resolve(), "recipe", _advice(error)) from error
-    if not isinstance(run, Run):
+    if not isinstance(run, kind):
         line = function.__code__.co_firstlineno
+        command = {"Life": "moe life", "Run": "moe train"}.get(type(run).__name__)
         raise ConfigError(
-            f"recipe {path}, line {line}: {variant}() must return a moe.config.schema.Run, and returned "
-            f"{type(run).__name__}: end it with `return Run(...)`"
+            f"recipe {path}, line {line}: {variant}() must return a {kind.__module__}.{kind.__name__}, and returned "
+            f"{type(run).__name__}: {f'{command} takes it' if command else f'end it with `return {kind.__name__}(...)`'}"
         )
     return run
 

@@ -13,14 +13,14 @@ from moe.config.words import dotted, shown, suggestion, typed
 from moe.errors import ConfigError
 
 
-def apply(data: dict[str, Any], overrides: list[str], notices: list[str]) -> dict[str, Any]:
-    """A completed plain run with the overrides applied; what a changed name drops is told in `notices`.
+def apply(data: Any, overrides: list[str], notices: list[str], kind: type = Run) -> Any:
+    """A completed plain config of class `kind` with the overrides applied; what a changed name drops is told in `notices`.
 
     Raises ConfigError for an override that is no assignment, is given twice, or reaches a field that is not there.
     """
     parsed = [_split(text) for text in overrides]
     _refuse_doubles([path for path, _ in parsed], overrides)
-    root = Slot(base=Run, config=Run)
+    root = Slot(base=kind, config=kind)
     for path, value in sorted(parsed, key=lambda item: len(_target(item[0]))):
         data = _assign(root, data, path, (), value, notices)
     return data

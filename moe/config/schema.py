@@ -135,6 +135,13 @@ class RouterConfig:
     def check(self, *, num_experts: int, top_k: int) -> None:
         """Raise ConfigError where this router contradicts the expert layer it is in."""
 
+    def whole_rows(self, *, part: int) -> str:
+        """Why this router cannot route rows in parts of `part` tokens, and a way out; empty if it routes each as in the whole.
+
+        parallel.context refuses it with these words. Sums over a row that need no gradient are no reason: `Tokens.over_row`.
+        """
+        return ""
+
 
 @config
 class MoE:

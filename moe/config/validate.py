@@ -2,25 +2,27 @@
 
 import json
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import core_schema
 
 from moe.config.overrides import unknown_field
 from moe.config.registry import known_routers, resolve_router
-from moe.config.schema import RouterConfig, Run
+from moe.config.schema import RouterConfig
 from moe.config.tree import Path, Slot, class_of, defaults_of, described, example, fields_of
 from moe.config.words import dotted, joined, shown, suggestion, typed
 from moe.errors import ConfigError
 
+T = TypeVar("T")
 
-def validate(data: Any) -> Run:
-    """A Run from a plain dict, with every type, range and field checked. Raises ConfigError naming every mistake."""
+
+def validate(data: Any, kind: type[T]) -> T:
+    """A config of class `kind` from a plain dict, every type, range and field checked. Raises ConfigError for every mistake."""
     try:
-        return _adapter(Run).validate_json(json.dumps(data))
+        return _adapter(kind).validate_json(json.dumps(data))
     except ValidationError as error:
-        raise ConfigError(joined(_sentences(error, data))) from error
+        raise ConfigError(joined(_sentences(error, data, kind))) from error
 
 
 @cache
@@ -50,10 +52,10 @@ RouterConfig.__get_pydantic_core_schema__ = classmethod(_router_schema)  # type:
 # -------------------------------------------------------------------------------------------------------- in words
 
 
-def _sentences(error: ValidationError, data: Any) -> list[str]:
+def _sentences(error: ValidationError, data: Any, kind: type) -> list[str]:
     sentences = []
     for item in error.errors(include_url=False):
-        path, slot, owner = _locate(data, item["loc"])
+        path, slot, owner = _locate(data, item["loc"], kind)
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
             sentences.append(f"{dotted(path)}: {cause}")
@@ -62,11 +64,11 @@ def _sentences(error: ValidationError, data: Any) -> list[str]:
     return sentences
 
 
-def _locate(data: Any, loc: tuple[str | int, ...]) -> tuple[Path, Slot | None, type | None]:
+def _locate(data: Any, loc: tuple[str | int, ...], kind: type) -> tuple[Path, Slot | None, type | None]:
     """Pydantic's location as a path without union tags, the Slot there (None: unknown), and the class that owns it."""
     path: Path = ()
     owner: type | None = None
-    slot: Slot | None = Slot(base=Run, config=Run)
+    slot: Slot | None = Slot(base=kind, config=kind)
     for step in loc:
         if slot is None:
             break

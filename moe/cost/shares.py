@@ -38,7 +38,7 @@ def accumulation(run: Run, layout: Layout) -> int:
     return max(1, run.train.batch_rows // (run.train.micro_rows * layout.data_ranks))
 
 
-def needs_first_pass(run: Run, data_ranks: int) -> bool:
+def needs_first_pass(run: Run, layout: Layout) -> bool:
     """Whether the `global` balance scope must count rows in a forward pass of its own, before the one with gradient.
 
     It must where the step has several micro-batches, or several ranks and a forward pass that cannot hold a collective.
@@ -46,8 +46,8 @@ def needs_first_pass(run: Run, data_ranks: int) -> bool:
     moe = run.model.moe
     if moe is None or not any(b.scope == "global" and b.weight > 0 for _, b in balances(moe.router)):
         return False
-    passes = run.train.batch_rows // (data_ranks * run.train.micro_rows)
-    return passes > 1 or (data_ranks > 1 and (run.train.activation_checkpointing or run.train.compile))
+    several = layout.data_ranks * layout.context > 1
+    return accumulation(run, layout) > 1 or (several and (run.train.activation_checkpointing or run.train.compile))
 
 
 @lru_cache(maxsize=8)

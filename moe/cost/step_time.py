@@ -158,7 +158,7 @@ def _computation(run: Run, layout: Layout, machine: Machine, assume: Assumptions
     """
     tokens, again = (
         tokens_per_pass(run, layout),
-        run.train.activation_checkpointing + needs_first_pass(run, layout.data_ranks),
+        run.train.activation_checkpointing + needs_first_pass(run, layout),
     )
     rate = _rate(run, machine)
     products = experts = scores = moved = 0.0
@@ -174,7 +174,7 @@ def _computation(run: Run, layout: Layout, machine: Machine, assume: Assumptions
         moved += _bytes_moved(run, layout, layer, assume) * (1 + again / 3)
     if blocks.stop == run.model.num_layers:
         head = 2 * run.model.vocab_size * run.model.dim
-        products += (3 + needs_first_pass(run, layout.data_ranks)) * head * tokens / (rate * assume.product)
+        products += (3 + needs_first_pass(run, layout)) * head * tokens / (rate * assume.product)
         moved += assume.passes_logits * 4 * tokens * run.model.vocab_size
     products, experts, scores = (value / assume.computing for value in (products, experts, scores))
     return {

@@ -115,7 +115,7 @@ def _exchange(run: Run, layout: Layout, blocks: range) -> Iterable[Transfer]:
     there = vectors + weights + away * rows * INT32 * shared
     counts = (n - 1) * (moe.num_experts // n + (not fixed)) * INT64
     again = passes * run.train.activation_checkpointing
-    forward = passes + passes * needs_first_pass(run, layout.data_ranks)
+    forward = passes + passes * needs_first_pass(run, layout)
     layers = sum(is_moe_layer(run.model, layer) for layer in blocks)
     for purpose, times, sent in (
         ("dispatch", forward, there + counts),
@@ -137,7 +137,7 @@ def _sharded(run: Run, layout: Layout, blocks: range) -> Iterable[Transfer]:
     What is around the blocks stays whole between forward and backward, so it is gathered once.
     """
     passes, size, n = accumulation(run, layout), _itemsize(run), layout.dense_shards
-    forward = passes + passes * needs_first_pass(run, layout.data_ranks)
+    forward = passes + passes * needs_first_pass(run, layout)
     *held, around = stage_parameters(run.model, blocks)
     matrices, outside = sum(part.matrices for part in held) / layout.tensor, around.matrices / layout.tensor
     gathered = (forward + passes) * matrices + forward * outside
@@ -190,10 +190,11 @@ def _context(run: Run, layout: Layout, blocks: range) -> Iterable[Transfer]:
         there, back = attention.num_heads * (2 * key + attention.value_dim), attention.num_heads * attention.value_dim
     else:
         back = attention.num_heads * attention.head_dim
-        there = back + 2 * attention.num_kv_heads * attention.head_dim
+        # key heads are repeated until they can be shared out
+        there = back + 2 * math.lcm(attention.num_kv_heads, n) * attention.head_dim
     times = accumulation(run, layout) * len(blocks) * (3 if run.train.activation_checkpointing else 2)
     sent = times * tokens_per_pass(run, layout) * (there + back) * _itemsize(run) / layout.tensor * (n - 1) / n
-    yield Transfer("heads for tokens", "all_to_all", n, layout.tensor, 4 * times, sent)
+    yield Transfer("heads for tokens", "all_to_all", n, layout.tensor, 2 * times, sent)
 
 
 def _tensor(run: Run, layout: Layout, blocks: range) -> Iterable[Transfer]:

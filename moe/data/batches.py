@@ -11,7 +11,7 @@ changes every epoch: each token is the target of exactly one window. What the la
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,12 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         return Batch(**{name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__})
+
+    def part(self, index: int, parts: int) -> "Batch":
+        """The index-th of `parts` equal pieces of every row; the first has the rows' bytes, so that they sum to the whole."""
+        S = self.ids_BS.shape[1] // parts
+        columns = {name: getattr(self, name)[:, index * S : (index + 1) * S] for name in self.__slots__ if "BS" in name}
+        return replace(self, **columns, bytes_B=self.bytes_B if index == 0 else torch.zeros_like(self.bytes_B))
 
 
 class Corpus:

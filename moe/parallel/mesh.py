@@ -17,6 +17,8 @@ class Mesh:
     """Ranks that hold the same parameters, or parts of them, and see other tokens."""
     dense: DeviceMesh
     """[replicate, shard · context], or [shard · context] for one copy: where dense parameters are sharded."""
+    context: dist.ProcessGroup
+    """Ranks that hold the parts of the same rows, in the order of the parts."""
     experts: DeviceMesh
     """[expert_replicate, expert_shard, expert]: who holds the same experts, parts of them, and others."""
 
@@ -51,8 +53,11 @@ def build(layout: Layout, device: torch.device) -> Mesh:
         device.type, by_tensor.reshape(layout.pipeline, layout.tensor, *expert_shape), mesh_dim_names=names
     )
     tokens = dense["replicate", "shard"]._flatten("tokens").get_group()
+    row_shape = (-1, layout.context, layout.tensor)
+    rows = DeviceMesh(device.type, ranks.view(row_shape), mesh_dim_names=("row", "context", "tensor"))
     return Mesh(
         tokens=tokens,
         dense=dense["replicate", "shard"] if layout.replicate > 1 else dense["shard"],
+        context=rows.get_group("context"),
         experts=experts["expert_replicate", "expert_shard", "expert"],
     )

@@ -53,6 +53,11 @@ class Ranks:
         """Which of the `layout.data_ranks` shares of the rows this rank sees."""
         return self.layout.data_rank(self.rank)
 
+    @property
+    def context_rank(self) -> int:
+        """Which of the `layout.context` parts of each row this rank sees."""
+        return self.layout.context_rank(self.rank)
+
     def arranged(self, layout: Layout) -> "Ranks":
         """These ranks in a layout for as many of them; every rank calls it."""
         assert layout.world_size == self.world_size
@@ -71,6 +76,13 @@ class Ranks:
         tensor = tensor.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(tensor)
+        return tensor
+
+    def sum_over_row(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that see other parts of the same rows, without gradient; the argument is left alone."""
+        tensor = tensor.detach().clone()
+        if self.mesh is not None and self.layout.context > 1:
+            dist.all_reduce(tensor, group=self.mesh.context)
         return tensor
 
     def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
@@ -158,7 +170,8 @@ def start(device: str, timeout_seconds: float = 600.0) -> Ranks:
 def watched(ranks: Ranks, timeout_seconds: float) -> Watch:
     """A watch over this rank's progress, which ends the process after so long without any; a context around training."""
     store: Any = dist.distributed_c10d._get_default_store()
-    return Watch(ranks.progress, ranks.rank, ranks.world_size, timeout_seconds, store)
+    alike = ranks.layout.pipeline == 1  # the stages of a pipeline pass other blocks in another order
+    return Watch(ranks.progress, ranks.rank, ranks.world_size, timeout_seconds, store, alike=alike)
 
 
 def joined() -> bool:

@@ -165,9 +165,12 @@ def _ranks(ranks: Sequence[object]) -> str:
 class Watch:
     """The thread that looks after the progress of a rank; use it as a context around training."""
 
-    def __init__(self, progress: Progress, rank: int, world_size: int, timeout_seconds: float, store: Any):
+    def __init__(
+        self, progress: Progress, rank: int, world_size: int, timeout_seconds: float, store: Any, *, alike: bool = True
+    ):
+        """`store`: the run's, with a method to open another connection to it; `alike`: every rank makes the same marks."""
         self.progress, self.rank, self.world_size, self.timeout = progress, rank, world_size, timeout_seconds
-        """`store`: the run's, with a method to open another connection to it."""
+        self.alike = alike
         # a client of its own: the main thread may be waiting in the process group's
         self.store = dist.PrefixStore("watch", store.clone())
         self.main = threading.get_ident()
@@ -204,7 +207,8 @@ class Watch:
         """What this rank says now."""
         now, frames = self.progress, sys._current_frames()
         collective, place = stack_of(frames.get(self.main))
-        return Entry(now.marks, now.step, now.phase, now.layer, collective, place, os.getpid())
+        marks = now.marks if self.alike else now.step
+        return Entry(marks, now.step, now.phase, now.layer, collective, place, os.getpid())
 
     def _give_up(self, seconds: float) -> str:
         # others see the same at the same time: they have written what they are doing by the next look

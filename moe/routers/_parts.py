@@ -61,6 +61,20 @@ def kept_rows(top_k: int, capacity_factor: float) -> float:
     return top_k * min(1.0, capacity_factor) if capacity_factor else float(top_k)
 
 
+def row_needs(
+    part: int, *, capacity_factor: float = 0.0, eval_capacity_factor: float = 0.0, estimator: str = "chosen"
+) -> str:
+    """Why a router with these settings cannot route rows in parts of `part` tokens; empty if it can."""
+    for field, factor in {"capacity_factor": capacity_factor, "eval_capacity_factor": eval_capacity_factor}.items():
+        if factor:
+            return f"{field} ({factor}) counts the tokens of a row: use {field}=0"
+    if estimator == "default_vector" and part % STRIDE:
+        return (
+            f"estimator default_vector takes every {STRIDE}th token, which needs parts of a multiple of {STRIDE} tokens"
+        )
+    return ""
+
+
 def choice_balance(share_TE: Tensor, expert_TK: Tensor, tokens: Tokens, balance: Balance, layer: int) -> Loss:
     """The load-balancing loss of token choice; experts from E on are nobody."""
     T, K = expert_TK.shape

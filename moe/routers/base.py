@@ -36,6 +36,10 @@ class Config(RouterConfig):
         """K."""
         return float(top_k)
 
+    def whole_rows(self, *, part: int) -> str:
+        """An assignment is over a row."""
+        return "each row's tokens are assigned together: use router loss_free"
+
 
 class Router(LinearRouter):
     """Balanced assignment; see the module's docstring."""

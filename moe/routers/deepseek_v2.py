@@ -15,7 +15,7 @@ from torch import Tensor
 from moe.config.schema import Balance, NonNegativeFloat, PositiveFloat, PositiveInt, RouterConfig, config
 from moe.routers._estimators import Straight, estimator_rows, hears_of_others
 from moe.routers._gates import gate, refuse_constant_gate
-from moe.routers._parts import LinearRouter, choice_balance, mean_over_rows, token_choice
+from moe.routers._parts import LinearRouter, choice_balance, mean_over_rows, row_needs, token_choice
 from moe.routers._scores import linear_logits
 from moe.routers._select import check_groups, limit_groups, top_k
 from moe.routing import Loss, Routing, Selection, Tokens
@@ -52,6 +52,10 @@ class Config(RouterConfig):
         """Refuse a router whose gradient is zero, and groups that do not fit."""
         refuse_constant_gate(top_k, self.normalize and not hears_of_others(self.estimator))
         check_groups(num_experts, top_k, self.num_groups, self.top_groups)
+
+    def whole_rows(self, *, part: int) -> str:
+        """Stand-ins are over a row."""
+        return row_needs(part, estimator=self.estimator)
 
 
 class Router(LinearRouter):
@@ -90,8 +94,8 @@ class Router(LinearRouter):
         sequence = Balance(weight=config.device_weight, scope="sequence")
         valid_T1 = tokens.valid_T.unsqueeze(1)
         reached_TG = torch.zeros_like(share_TG).scatter(1, group_TK, 1.0) * valid_T1
-        count_B1 = valid_T1.view(B, -1, 1).sum(1).clamp(min=1)
-        f_BG = reached_TG.view(B, -1, G).sum(1) * (G / config.top_groups) / count_B1
+        count_B1 = tokens.over_row(valid_T1.view(B, -1, 1).sum(1)).clamp(min=1)
+        f_BG = tokens.over_row(reached_TG.view(B, -1, G).sum(1)) * (G / config.top_groups) / count_B1
         p_BG = (share_TG * valid_T1).view(B, -1, G).sum(1) / count_B1
         return {
             "device": choice_balance(share_TG, group_TK, tokens, sequence, self.layer),

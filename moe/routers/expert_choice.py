@@ -33,6 +33,10 @@ class Config(RouterConfig):
         """K·capacity_factor, at most E."""
         return min(top_k * self.capacity_factor, float(num_experts))
 
+    def whole_rows(self, *, part: int) -> str:
+        """Experts choose among the tokens of a row."""
+        return "experts choose among the tokens of a row: use router expert_threshold"
+
 
 class Router(BaseRouter):
     """Experts choose tokens within a row; see the module's docstring."""

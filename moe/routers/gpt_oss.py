@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe.config.schema import Balance, NonNegativeFloat, RouterConfig, config
 from moe.routers._estimators import Straight, estimator_rows, hears_of_others
 from moe.routers._gates import gate, refuse_constant_gate
-from moe.routers._parts import LinearRouter, balance_and_z, token_choice
+from moe.routers._parts import LinearRouter, balance_and_z, row_needs, token_choice
 from moe.routers._scores import linear_logits
 from moe.routers._select import top_k
 from moe.routing import Routing, Selection, Tokens
@@ -45,6 +45,10 @@ class Config(RouterConfig):
     def check(self, *, num_experts: int, top_k: int) -> None:
         """Refuse a router whose gradient is zero."""
         refuse_constant_gate(top_k, self.normalize and not hears_of_others(self.estimator))
+
+    def whole_rows(self, *, part: int) -> str:
+        """Stand-ins are over a row."""
+        return row_needs(part, estimator=self.estimator)
 
 
 class Router(LinearRouter):

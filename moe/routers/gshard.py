@@ -16,7 +16,7 @@ from moe.config.schema import Balance, NonNegativeFloat, RouterConfig, config
 from moe.errors import ConfigError
 from moe.random import token_keys, uniform
 from moe.routers._gates import gate, refuse_constant_gate
-from moe.routers._parts import LinearRouter, choice_balance, kept_rows, token_choice
+from moe.routers._parts import LinearRouter, choice_balance, kept_rows, row_needs, token_choice
 from moe.routers._scores import linear_logits
 from moe.routers._select import top_k
 from moe.routing import Routing, Selection, Tokens
@@ -47,6 +47,10 @@ class Config(RouterConfig):
         refuse_constant_gate(top_k, self.normalize)
         if self.balance.scope == "global":
             raise ConfigError("gshard's balance loss counts first choices, which scope 'global' cannot: use 'sequence'")
+
+    def whole_rows(self, *, part: int) -> str:
+        """Capacity is over a row."""
+        return row_needs(part, capacity_factor=self.capacity_factor)
 
 
 class Router(LinearRouter):

@@ -51,6 +51,10 @@ class Config(RouterConfig):
                 f"frequencies are of single ids, and ngram is {self.ngram}: use ngram=1 or frequencies=''"
             )
 
+    def whole_rows(self, *, part: int) -> str:
+        """The ids before a part's first token are in another part."""
+        return f"ngram ({self.ngram}) reaches back to earlier tokens: use ngram=1" if self.ngram > 1 else ""
+
 
 class Router(BaseRouter):
     """Parameter-free router by token id; see the module's docstring."""

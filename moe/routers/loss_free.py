@@ -19,7 +19,7 @@ from moe.routers._bias import load_sign
 from moe.routers._choice import choose
 from moe.routers._estimators import Straight, estimator_rows, hears_of_others
 from moe.routers._gates import refuse_constant_gate
-from moe.routers._parts import LinearRouter, balance_and_z, kept_rows, token_choice
+from moe.routers._parts import LinearRouter, balance_and_z, kept_rows, row_needs, token_choice
 from moe.routers._scores import linear_logits, shares
 from moe.routers._select import check_groups
 from moe.routing import Counts, Routing, Selection, Tokens
@@ -62,6 +62,10 @@ class Config(RouterConfig):
         """Refuse a router whose gradient is zero, and groups that do not fit."""
         refuse_constant_gate(top_k, self.normalize and not hears_of_others(self.estimator))
         check_groups(num_experts, top_k, self.num_groups, self.top_groups)
+
+    def whole_rows(self, *, part: int) -> str:
+        """Capacity and stand-ins are over a row."""
+        return row_needs(part, capacity_factor=self.capacity_factor, estimator=self.estimator)
 
 
 class Router(LinearRouter):

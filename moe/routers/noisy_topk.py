@@ -47,6 +47,10 @@ class Config(RouterConfig):
         """Refuse a router whose gradient is zero."""
         refuse_constant_gate(top_k, self.normalize)
 
+    def whole_rows(self, *, part: int) -> str:
+        """The losses are not linear in a row's sums."""
+        return "its losses are squares of sums over a row: use router topk with noise=gaussian"
+
 
 class Router(LinearRouter):
     """Top-k of noisy scores; see the module's docstring."""

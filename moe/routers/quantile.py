@@ -18,7 +18,7 @@ from moe.config.schema import NonNegativeFloat, OpenFraction, PositiveFloat, Rou
 from moe.routers._bias import histogram, upper_quantile
 from moe.routers._estimators import Straight, estimator_rows, hears_of_others
 from moe.routers._gates import gate, refuse_constant_gate
-from moe.routers._parts import LinearRouter, token_choice
+from moe.routers._parts import LinearRouter, row_needs, token_choice
 from moe.routers._scores import linear_logits, shares
 from moe.routers._select import top_k
 from moe.routing import Counts, Routing, Selection, Tokens
@@ -51,6 +51,10 @@ class Config(RouterConfig):
     def check(self, *, num_experts: int, top_k: int) -> None:
         """Refuse a router whose gradient is zero."""
         refuse_constant_gate(top_k, self.normalize and not hears_of_others(self.estimator))
+
+    def whole_rows(self, *, part: int) -> str:
+        """Stand-ins are over a row."""
+        return row_needs(part, estimator=self.estimator)
 
 
 class Router(LinearRouter):

@@ -41,6 +41,10 @@ class Config(RouterConfig):
         """Refuse a router whose gradient is zero."""
         refuse_constant_gate(top_k, self.normalize)
 
+    def whole_rows(self, *, part: int) -> str:
+        """Prices are those of a row."""
+        return "prices balance each row: use router quantile"
+
 
 class Router(LinearRouter):
     """Top-k of score minus the row's price; see the module's docstring."""

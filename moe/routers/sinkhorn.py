@@ -39,6 +39,10 @@ class Config(RouterConfig):
         """K."""
         return float(top_k)
 
+    def whole_rows(self, *, part: int) -> str:
+        """A transport plan is over a row."""
+        return "each row has a transport plan: use router loss_free"
+
 
 class Router(LinearRouter):
     """Top-k of a transport plan; see the module's docstring."""

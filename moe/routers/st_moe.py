@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe.config.schema import Balance, NonNegativeFloat, RouterConfig, config
 from moe.routers._gates import gate, refuse_constant_gate
-from moe.routers._parts import LinearRouter, balance_and_z, kept_rows, token_choice
+from moe.routers._parts import LinearRouter, balance_and_z, kept_rows, row_needs, token_choice
 from moe.routers._scores import linear_logits
 from moe.routers._select import top_k
 from moe.routing import Routing, Selection, Tokens
@@ -45,6 +45,10 @@ class Config(RouterConfig):
     def check(self, *, num_experts: int, top_k: int) -> None:
         """Refuse a router whose gradient is zero."""
         refuse_constant_gate(top_k, self.normalize)
+
+    def whole_rows(self, *, part: int) -> str:
+        """Capacity is over a row, in evaluation too."""
+        return row_needs(part, capacity_factor=self.capacity_factor, eval_capacity_factor=self.eval_capacity_factor)
 
 
 class Router(LinearRouter):

@@ -18,7 +18,7 @@ from moe.random import normal, token_keys
 from moe.routers._choice import choose
 from moe.routers._estimators import Estimator, estimator_rows, hears_of_others, sampled_top_k, scaled
 from moe.routers._gates import gate, refuse_constant_gate
-from moe.routers._parts import LinearRouter, balance_and_z, kept_rows, token_choice
+from moe.routers._parts import LinearRouter, balance_and_z, kept_rows, row_needs, token_choice
 from moe.routers._scores import Score, jittered, linear_logits, shares
 from moe.routing import Routing, Selection, Tokens
 
@@ -66,6 +66,10 @@ class Config(RouterConfig):
                 f"noise '{self.noise}' does not go with noise_scale={self.noise_scale}: "
                 "set noise to 'jitter' or 'gaussian' with a scale above 0, or both to 'none' and 0"
             )
+
+    def whole_rows(self, *, part: int) -> str:
+        """Capacity and stand-ins are over a row."""
+        return row_needs(part, capacity_factor=self.capacity_factor, estimator=self.estimator)
 
 
 class Router(LinearRouter):

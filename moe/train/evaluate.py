@@ -32,8 +32,8 @@ class EvaluationResult:
         return float(self.nats_row.sum() / math.log(2) / max(self.bytes_row.sum(), 1))
 
 
-def rounds(corpus: Corpus, ranks: Ranks, *, rows: int, micro_rows: int) -> Iterator[tuple[range, Batch]]:
-    """This rank's share of the first `rows` validation rows, as (rows, batch on its device), up to micro_rows at a time.
+def rounds(corpus: Corpus, ranks: Ranks, *, rows: int, micro_rows: int) -> Iterator[tuple[range, Batch, Tokens]]:
+    """This rank's share of the first `rows` validation rows, as (rows, batch on its device, tokens), micro_rows at a time.
 
     Every rank gets as many, because a model that is spread over ranks computes together: one that has run out of rows gets
     an empty range, and a row without valid tokens or targets.
@@ -48,7 +48,19 @@ def rounds(corpus: Corpus, ranks: Ranks, *, rows: int, micro_rows: int) -> Itera
         if not len(span):
             nothing = torch.full_like(batch.targets_BS, IGNORE)
             batch = replace(batch, targets_BS=nothing, valid_BS=torch.zeros_like(batch.valid_BS))
-        yield span, batch
+        batch = batch.part(ranks.context_rank, ranks.layout.context)
+        yield span, batch, _tokens(batch, ranks)
+
+
+def _tokens(batch: Batch, ranks: Ranks) -> Tokens:
+    S = batch.ids_BS.shape[1]
+    tokens = Tokens.of(
+        batch.ids_BS,
+        valid_BS=batch.valid_BS,
+        document_BS=batch.document_BS,
+        first_position=ranks.context_rank * S,
+    )
+    return replace(tokens, row_T=batch.row_B.repeat_interleave(S))
 
 
 @torch.no_grad()
@@ -58,10 +70,8 @@ def evaluate(model: Transformer, corpus: Corpus, ranks: Ranks, *, rows: int, mic
     was_training = model.training
     model.eval()
     sums_3R = torch.zeros(3, rows, dtype=torch.float64, device=ranks.device)
-    for span, batch in rounds(corpus, ranks, rows=rows, micro_rows=micro_rows):
-        tokens = Tokens.of(batch.ids_BS, valid_BS=batch.valid_BS, document_BS=batch.document_BS)
-        row_T = batch.row_B.repeat_interleave(batch.ids_BS.shape[1])
-        logits_BSV = model(batch.ids_BS, tokens=replace(tokens, row_T=row_T)).logits_BSV
+    for span, batch, tokens in rounds(corpus, ranks, rows=rows, micro_rows=micro_rows):
+        logits_BSV = model(batch.ids_BS, tokens=tokens).logits_BSV
         here, n = slice(span.start, span.stop), len(span)
         sums_3R[0, here] = token_losses(logits_BSV, batch.targets_BS).double().sum(1)[:n]
         sums_3R[1, here] = batch.bytes_B[:n]

@@ -10,8 +10,8 @@ from moe.model import Output
 class Finite:
     """Looks at this rank's losses and gradients before they are summed, without a host synchronisation.
 
-    Gradients of parameters that several ranks share are summed on the way (FSDP2), or hold other ranks' tokens (experts);
-    where there are such parameters it is the gradient of the first block's input that tells.
+    Gradients of sharded parameters are summed on the way (FSDP2) or come of other ranks' tokens (experts): of these it is the
+    gradient of the first block's input that tells.
     """
 
     def __init__(self) -> None:
@@ -32,8 +32,9 @@ class Finite:
     def take(self, model: nn.Module, outputs: list[Output]) -> Tensor:
         """Whether anything of this rank's part of the step was not finite; bool scalar on the device."""
         parts = [output.loss.isfinite().logical_not() for output in outputs if output.loss is not None]
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if gradients and not any(isinstance(gradient, DTensor) for gradient in gradients):
+        found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [gradient for gradient in found if not isinstance(gradient, DTensor)]
+        if gradients:
             # the sum of squares is not finite if one of them is not; if it overflows, so does the gradient's norm
             parts.append(torch.nn.utils.get_total_norm(gradients).isfinite().logical_not())
         parts += self.wrong

@@ -175,13 +175,13 @@ def _on_probe(state: State) -> dict[int, dict[str, Any]]:
     rows, S = min(state.run.evaluation.probe_rows, corpus.num_validation_rows), corpus.data.sequence_length
     stride = max(1, rows * S // SAMPLE_TOKENS)
     parts = {layer: _Probe(module, rows * S, ranks.device) for layer, module in model.moe_layers()}
-    for span, batch in rounds(corpus, ranks, rows=rows, micro_rows=state.run.train.micro_rows):
-        tokens = Tokens.of(batch.ids_BS, valid_BS=batch.valid_BS, document_BS=batch.document_BS)
-        tokens = replace(tokens, row_T=batch.row_B.repeat_interleave(S))
+    for span, batch, tokens in rounds(corpus, ranks, rows=rows, micro_rows=state.run.train.micro_rows):
         with watching(model) as seen:
             model(batch.ids_BS, tokens=tokens)
+        # places in the probe set, of which this rank may see a part of each row
+        row_T = torch.arange(span.start, span.stop, device=ranks.device).repeat_interleave(batch.ids_BS.shape[1])
         for one in seen:
-            parts[one.layer].add(one, span.start * S if len(span) else None, stride)
+            parts[one.layer].add(one, row_T * S + tokens.position_T if len(span) else None, stride)
     return {layer: part.fields(state) for layer, part in parts.items()}
 
 
@@ -197,18 +197,17 @@ class _Probe:
         self.cosine_EE = torch.zeros(E, E, dtype=torch.float64, device=device)
         self.sampled = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, one: Seen, start: int | None, stride: int) -> None:
-        """Count a batch of the probe set from token `start` on; None: no part of it, but other ranks have one."""
-        E, T = one.routing.num_experts, one.x_TD.shape[0]
-        if start is None:
+    def add(self, one: Seen, place_T: Tensor | None, stride: int) -> None:
+        """Count tokens at these places of the probe set; None: no part of it, but other ranks have one."""
+        E = one.routing.num_experts
+        if place_T is None:
             every_output(self.module, one.expert_x_TD[:0])
             return
-        self.chosen_TE[start : start + T] = chosen(one.routing.selection, one.tokens, E).int()
+        self.chosen_TE[place_T] = chosen(one.routing.selection, one.tokens, E).int()
         exact = _choice_in_float64(one)
         self.has_exact &= exact is not None
         if exact is not None:
-            self.exact_TE[start : start + T] = chosen(exact, one.tokens, E).int()
-        place_T = torch.arange(start, start + T, device=one.x_TD.device)
+            self.exact_TE[place_T] = chosen(exact, one.tokens, E).int()
         x_ND = one.expert_x_TD[one.tokens.valid_T & (place_T % stride == 0)]
         y_END = every_output(self.module, x_ND).double()
         norm_EN = y_END.norm(dim=2)

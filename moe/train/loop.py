@@ -200,7 +200,7 @@ def _set_up(run: Run, ranks: Ranks, console: Console) -> State:
             "WARNING: this router is not causal: a token's experts depend on later tokens of its row, so training and "
             "evaluation losses are flattered, and generation cannot route the same way"
         )
-    if needs_first_pass(run, ranks.layout.data_ranks):
+    if needs_first_pass(run, ranks.layout):
         console.say(
             "balance scope 'global' with this layout counts rows in a first forward pass without gradient: about a "
             "third more compute per step; scope 'sequence', or batch_rows = micro_rows, avoids it"

@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from moe.attention import GroupedQuery, Latent
 from moe.config.schema import Run
 from moe.experts import Experts
 from moe.init import materialise
@@ -32,6 +33,7 @@ from moe.parallel import Ranks
 from moe.parallel.exchange import Exchange
 from moe.parallel.parts import part_here
 from moe.parallel.ranks import sum_in_buckets
+from moe.parallel.ulysses import Ulysses
 from moe.routing import Router
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,15 +55,26 @@ def build_model(run: Run, ranks: Ranks, *, dtype: torch.dtype | None = None) -> 
     )
     if layout.shard == 1 and layout.expert == 1:
         model = build()
+        share_rows(model, ranks)
         return (model.to(dtype) if dtype is not None else model).to(ranks.device)
     with torch.device("meta"):
         model = build()
     if dtype is not None:
         model.to(dtype)
     spread(model, run, ranks)
+    share_rows(model, ranks)
     materialise(model, ranks.device)
     model.initialise(run.seed)
     return model
+
+
+def share_rows(model: Transformer, ranks: Ranks) -> None:
+    """Tell a model which ranks hold the other parts of its rows."""
+    if ranks.layout.context > 1 and ranks.mesh is not None:
+        model.context = Ulysses(ranks.mesh.context)
+        for module in model.modules():
+            if isinstance(module, GroupedQuery | Latent):
+                module.context = model.context
 
 
 def spread(model: Transformer, run: Run, ranks: Ranks) -> None:

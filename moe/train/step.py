@@ -125,40 +125,47 @@ def step_inputs(state: State, step: int, *, measured: bool = True) -> tuple[list
         for rows in micro_ranges(run, ranks)
     ]
     targets, valid_tokens, valid_rows = _step_counts(batches, ranks)
-    inputs = [_inputs(batch, step, valid_tokens, valid_rows, ranks.device) for batch in batches]
+    batches = [batch.part(ranks.context_rank, ranks.layout.context) for batch in batches]
+    inputs = [_inputs(batch, step, valid_tokens, valid_rows, ranks) for batch in batches]
     inputs = [replace(tokens, measured=measured) for tokens in inputs]
     return batches, _with_global_counts(state, batches, inputs), targets, valid_tokens
 
 
 def _step_counts(batches: list[Batch], ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets, valid tokens and rows with a valid token of the whole step, float64 scalars."""
-    counts = [
-        sum(int((batch.targets_BS != IGNORE).sum()) for batch in batches),
-        sum(int(batch.valid_BS.sum()) for batch in batches),
-        sum(int(batch.valid_BS.any(1).sum()) for batch in batches),
-    ]
+    """Targets, valid tokens and rows with a valid token of the whole step, float64 scalars, given whole rows."""
+    counts = (
+        [0, 0, 0]
+        if ranks.context_rank
+        else [
+            sum(int((batch.targets_BS != IGNORE).sum()) for batch in batches),
+            sum(int(batch.valid_BS.sum()) for batch in batches),
+            sum(int(batch.valid_BS.any(1).sum()) for batch in batches),
+        ]
+    )
     total = ranks.sum(torch.tensor(counts, dtype=torch.float64, device=ranks.device))
     return total[0], total[1], total[2]
 
 
-def _inputs(batch: Batch, step: int, valid_tokens: Tensor, valid_rows: Tensor, device: torch.device) -> Tokens:
-    B, S = batch.ids_BS.shape
+def _inputs(batch: Batch, step: int, valid_tokens: Tensor, valid_rows: Tensor, ranks: Ranks) -> Tokens:
+    (B, S), device = batch.ids_BS.shape, ranks.device
+    first = ranks.context_rank * S
     return Tokens(
         ids_T=batch.ids_BS.flatten().to(device),
         row_T=batch.row_B.repeat_interleave(S).to(device),
-        position_T=torch.arange(S, device=device).repeat(B),
+        position_T=torch.arange(first, first + S, device=device).repeat(B),
         document_T=batch.document_BS.flatten().to(device),
         valid_T=batch.valid_BS.flatten().to(device),
         num_rows=B,
         step=torch.tensor(step, device=device),
         step_tokens=valid_tokens.float(),
         step_rows=valid_rows.float(),
+        sum_over_row=ranks.sum_over_row if ranks.layout.context > 1 else None,
     )
 
 
 def _with_global_counts(state: State, batches: list[Batch], inputs: list[Tokens]) -> list[Tokens]:
     """Give the tokens what `global` scope needs: a way to sum counts over ranks, or the counts of a first pass."""
-    if not needs_first_pass(state.run, state.ranks.layout.data_ranks):
+    if not needs_first_pass(state.run, state.ranks.layout):
         reduce = state.ranks.sum if state.ranks.world_size > 1 and len(batches) == 1 else None
         return [replace(tokens, sum_over_ranks=reduce) for tokens in inputs]
     model, moe = state.run.model, state.run.model.moe
