@@ -413,7 +413,7 @@ def test_the_report_quotes_the_promise_and_says_that_it_was_kept(start, tmp_path
 
 def test_a_promise_that_was_changed_is_refused_before_and_shown_after(start, tmp_path):
     path = promised(tmp_path)
-    start(promise=path)
+    start(promise=path, seeds=1)
     copy = start.out / "promise.json"
     copy.write_text(json.dumps(read(copy) | {"low": -1.0}))
     build_report(start.out)

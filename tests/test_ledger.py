@@ -60,6 +60,16 @@ def test_a_counter_that_only_root_may_read_is_no_counter(tmp_path):
     assert rapl(tmp_path / "nowhere") == []
 
 
+def test_a_counter_that_fails_later_makes_the_energy_unknown_and_stops_nothing(tmp_path):
+    tree = powercap(tmp_path / "powercap")
+    counters = rapl(tree)
+    (tree / "intel-rapl:1" / "energy_uj").unlink()
+    assert read_all(counters) == {"cpu": None, "memory": 0.0}
+    write_ledger(tmp_path / "run", start_line(), step_line(1, 1), step_line(1, 2, joules=None))
+    found = account(tmp_path / "run")
+    assert found["joules"] is None and found["gco2e"] is None and found["seconds"]["value"] == 20.0
+
+
 @pytest.mark.parametrize(
     "watts, joules, tolerance",
     [

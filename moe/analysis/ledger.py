@@ -80,7 +80,7 @@ def account(folder: Path, cost: Cost | None = None) -> Json:
         "device_hours": Graded(_seconds(attempts) / 3600, "measured", "wall clock of every rank").as_json(),
         "flops": _flops(attempts).as_json(),
         "joules": None if joules is None else joules.as_json(),
-        "joules_by_part": _by(attempts, lambda row: row["joules"]),
+        "joules_by_part": _by(attempts, lambda row: {part: value or 0.0 for part, value in row["joules"].items()}),
         **{name: _sum([getattr(one, name) for one in charges]) for name in ("kwh", "gco2e", "dollars")},
         "peak_memory_bytes": max(row["peak_memory_bytes"] for attempt in attempts for row in attempt.work),
         "checkpoint_bytes_written": sum(row.get("bytes_written", 0) for attempt in first for row in attempt.work),
@@ -141,8 +141,8 @@ def _flops(attempts: Sequence[Attempt]) -> Graded:
 
 
 def _energy(attempt: Attempt) -> Graded | None:
-    """Joules of one rank in one attempt; None where a device has no meter."""
-    if not attempt.start["complete"]:
+    """Joules of one rank in one attempt; None where a device has no meter, or one could not be read."""
+    if not attempt.start["complete"] or any(value is None for row in attempt.work for value in row["joules"].values()):
         return None
     meters = attempt.start["meters"]
     value = sum(sum(row["joules"].values()) for row in attempt.work)

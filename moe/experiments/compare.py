@@ -10,21 +10,21 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
-from moe.analysis.contract_report import ROUTERLESS, describe
+from moe.analysis.contract_report import describe
 from moe.analysis.promise import FILE as PROMISE
 from moe.analysis.report import build_report
 from moe.analysis.rows import read_json, read_run
 from moe.analysis.summaries import differences
-from moe.config.load import dump, load, resolve_router
-from moe.config.schema import MoE, Run, ffn_hidden
-from moe.cost import dense_total_twin, dense_twin, relative_difference, train_flops_per_token
+from moe.config.load import dump, load
+from moe.config.schema import Run
 from moe.errors import ConfigError, TrainingStopped, UserError
+from moe.experiments.arms import arms_of, tuned, twin_record
 from moe.experiments.processes import Job, cpu_count, log_tail, run_jobs
 from moe.experiments.promise import require_promise
 from moe.files import write_json
@@ -56,10 +56,6 @@ class Planned:
 
 def _plain(run: Run) -> Json:
     return json.loads(json.dumps(dump(run)))
-
-
-def _with_rate(run: Run, lr: float) -> Run:
-    return replace(run, train=replace(run.train, optimizer=replace(run.train.optimizer, lr=lr)))
 
 
 def _plan(out: Path, base: str, run: Run, arm: str, seed: int, label: str = "") -> Planned:
@@ -234,27 +230,6 @@ def _command_line() -> str:
     return shlex.join(["moe" if program in ("__main__.py", "cli.py") else program, *sys.argv[1:]])
 
 
-def _routed_rows(moe: MoE) -> float:
-    """Expected rows per token that the logs will count: those computed only for a gradient estimator are not."""
-    router = moe.router
-    if "estimator" in {field.name for field in fields(router)}:  # type: ignore[arg-type]
-        router = replace(router, estimator="chosen")  # type: ignore[type-var]
-    return router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
-
-
-def _twin_record(sparse: Run, dense: Run) -> Json:
-    moe = sparse.model.moe
-    assert moe is not None
-    length = sparse.data.sequence_length
-    return {
-        "ffn_hidden": [ffn_hidden(dense.model, layer) for layer in range(dense.model.num_layers)],
-        "flops_sparse": train_flops_per_token(sparse.model, length),
-        "flops_dense": train_flops_per_token(dense.model, length),
-        "relative_difference": relative_difference(sparse, dense),
-        "rows_per_token": _routed_rows(moe),
-    }
-
-
 def _load(recipe: str, overrides: list[str], jobs: int, say: Callable[[str], None]) -> Run:
     """The sparse run, with a number of threads that suits `jobs` runs side by side where the recipe leaves it open."""
     notices: list[str] = []
@@ -269,42 +244,22 @@ def _load(recipe: str, overrides: list[str], jobs: int, say: Callable[[str], Non
     return replace(run, train=replace(run.train, threads=threads))
 
 
-def _arms(sparse: Run, contracts: bool, decompose: bool) -> dict[str, Run]:
-    """What is trained: the recipe, its dense twin, and with `contracts` or `decompose` the twins that those need."""
-    arms = {"sparse": sparse, "dense": dense_twin(sparse)}
-    if contracts:
-        arms["total"] = dense_total_twin(sparse)
-    moe = sparse.model.moe
-    assert moe is not None
-    for name in ROUTERLESS if decompose else ():
-        router = resolve_router(name).Config()
-        router.check(num_experts=moe.num_experts, top_k=moe.top_k)
-        arms[name] = replace(sparse, model=replace(sparse.model, moe=replace(moe, router=router)))
-    return arms
-
-
-def _tuned(
-    arms: dict[str, Run],
-    rates: list[float],
-    each: bool,
-    plan: Callable[[Run, str, str], Planned],
-    find: Callable[[dict[float, Planned]], Json],
-) -> tuple[dict[str, Run], Json, dict[str, str]]:
-    """The arms at their learning rates, what is said of those, and the run that each tuned arm already has with the first seed."""
-    tuned, labels, rate = dict(arms), {}, {"value": arms["sparse"].train.optimizer.lr, "found_by": "the recipe"}
-    for arm in (arms if each else ("dense",)) if rates else ():
-        prefix = "" if arm == "dense" else f"{arm}-"
-        plans = {lr: plan(_with_rate(arms[arm], lr), arm, f"{prefix}lr-{lr:g}") for lr in rates}
-        found = find(plans)
-        tuned[arm], labels[arm] = _with_rate(arms[arm], found["value"]), plans[found["value"]].directory.name
-        rate = found if arm == "dense" else rate
-    if rates and each:
-        rate["per_arm"] = {arm: run.train.optimizer.lr for arm, run in tuned.items()}
-        rate["found_by"] = "lowest final loss of each arm with the first seed"
-    elif rates:
-        tuned = {arm: _with_rate(run, rate["value"]) for arm, run in arms.items()}
-        rate["found_by"] = "lowest final loss of the dense arm with the first seed"
-    return tuned, rate, labels
+def _record(
+    recipe: str, overrides: list[str], plans: dict[str, list[Planned]], arms: dict[str, Run], rest: Json
+) -> Json:
+    """What compare.json holds."""
+    names = {arm: [planned.directory.name for planned in planned_runs] for arm, planned_runs in plans.items()}
+    return {
+        "schema_version": 1,
+        "contract": CONTRACT,
+        "recipe": recipe,
+        "overrides": overrides,
+        "command": _command_line(),
+        "arms": {arm: names.pop(arm) for arm in ("sparse", "dense")},
+        "more_arms": names,
+        "twin": twin_record(arms["sparse"], arms["dense"]),
+        **rest,
+    }
 
 
 def compare(
@@ -342,45 +297,33 @@ def compare(
     made = require_promise(promise, sparse) if promise is not None else None
     if made is not None:
         sparse = replace(sparse, logging=replace(sparse.logging, promise=made["sha256"]))
-    arms, base = _arms(sparse, contracts, decompose), sparse.name
+    arms, base = arms_of(sparse, contracts, decompose), sparse.name
     out.mkdir(parents=True, exist_ok=True)
     if made is not None:
         write_json(out / PROMISE, made)
-    arms, rate, reused = _tuned(
+    arms, rate, reused = tuned(
         arms,
         lr_grid,
         tune_each,
         lambda run, arm, label: _plan(out, base, run, arm, numbers[0], label),
         lambda plans: find_rate(plans, jobs=jobs, command=train_command, say=say),
+        lambda planned: planned.directory.name,
     )
     plans_by_arm = {
         arm: [_plan(out, base, run, arm, seed, reused.get(arm, "") if seed == numbers[0] else "") for seed in numbers]
         for arm, run in arms.items()
     }
-    names = {arm: [planned.directory.name for planned in plans] for arm, plans in plans_by_arm.items()}
-    record = {
-        "schema_version": 1,
-        "contract": CONTRACT,
-        "recipe": recipe,
-        "overrides": overrides,
-        "command": _command_line(),
-        "seeds": numbers,
-        "jobs": jobs,
-        "arms": {arm: names.pop(arm) for arm in ("sparse", "dense")},
-        "more_arms": names,
-        "twin": _twin_record(arms["sparse"], arms["dense"]),
-        "learning_rate": rate,
-    }
+    rest = {"seeds": numbers, "jobs": jobs, "learning_rate": rate}
+    record = _record(recipe, overrides, plans_by_arm, arms, rest)
     for planned in [planned for plans in plans_by_arm.values() for planned in plans]:
         state_of(planned)  # what is refused is refused before the comparison's own record changes
     write_json(out / "compare.json", record)
     by_seed = zip(*plans_by_arm.values(), strict=True)
     train([planned for plans in by_seed for planned in plans], jobs=jobs, command=train_command, say=say)
-    if timing_rounds:
-        time_steps(out, plans_by_arm["sparse"][0], plans_by_arm["dense"][0], timing_rounds, timing_command, say)
-    if timing_rounds and contracts:
-        total, dense = plans_by_arm["total"][0], plans_by_arm["dense"][0]
-        time_steps(out, total, dense, timing_rounds, timing_command, say, name="timing_total")
+    for arm, name in (("sparse", "timing"), ("total", "timing_total")) if timing_rounds else ():
+        if arm in arms:
+            pair = plans_by_arm[arm][0], plans_by_arm["dense"][0]
+            time_steps(out, *pair, timing_rounds, timing_command, say, name=name)
     page = build_report(out)
     report = read_json(out / "report.json")
     say(report["verdict"]["sentence"])

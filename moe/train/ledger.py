@@ -41,7 +41,7 @@ class Meters:
         self.found = meters(run, ranks)
         self.clock = time.perf_counter()
 
-    def read(self) -> tuple[float, dict[str, float]]:
+    def read(self) -> tuple[float, dict[str, float | None]]:
         """Seconds and joules since the last call."""
         before, self.clock = self.clock, time.perf_counter()
         return self.clock - before, read_all(self.found)

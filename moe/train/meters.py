@@ -196,8 +196,10 @@ def _zeus(index: int) -> Meter | None:
         from zeus.monitor import ZeusMonitor  # extra: energy  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
-    monitor = ZeusMonitor(gpu_indices=[index], cpu_indices=[])
-    return Zeus(monitor) if len(monitor.gpus) else None
+    try:
+        return Zeus(ZeusMonitor(gpu_indices=[index], cpu_indices=[]))
+    except (RuntimeError, ValueError, OSError):  # it is there and cannot measure this machine: accounting stops no run
+        return None
 
 
 def _gpu(device: torch.device) -> Meter | None:
@@ -240,9 +242,14 @@ def meters(run: Run, ranks: Ranks) -> list[Meter]:
     return found
 
 
-def read_all(found: Sequence[Meter]) -> dict[str, float]:
-    """Joules of each part since the last call."""
-    joules: dict[str, float] = {}
+def read_all(found: Sequence[Meter]) -> dict[str, float | None]:
+    """Joules of each part since the last call; None where a counter could not be read, which stops no run."""
+    joules: dict[str, float | None] = {}
     for meter in found:
-        joules[meter.part] = joules.get(meter.part, 0.0) + meter.read()
+        before = joules.get(meter.part, 0.0)
+        try:
+            used = meter.read()
+        except (OSError, ValueError):
+            used = None
+        joules[meter.part] = None if used is None or before is None else before + used
     return joules
