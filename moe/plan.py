@@ -151,7 +151,7 @@ def whole_run(plan: Plan, gpus: int, gpu: str) -> Json:
     board at its limit all the time, so it is an upper bound.
     """
     seconds = plan.run.train.steps * plan.step.seconds
-    used = totals_of(plan.run, plan.layout.data_ranks)
+    used = totals_of(plan.run, plan.layout)
     cost = planned_charge(plan.run.cost, MACHINES[gpu].chip.name, gpus, seconds)
     return {
         "steps": plan.run.train.steps,

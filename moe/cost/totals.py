@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 
+from moe.config.layout import Layout
 from moe.config.schema import GroupedQueryAttention, Model, Run, expert_dim, expert_widths, is_moe_layer
 from moe.cost.counting import flops_by_component, moe_layers, parameters
 from moe.cost.memory import memory_bytes
@@ -36,9 +37,9 @@ class Totals:
     bytes_kept: int
 
 
-def totals(run: Run, data_ranks: int = 1) -> Totals:
-    """Totals of a run whose batch `data_ranks` ranks share."""
-    step, saves, size = executed_flops(run, data_ranks), saves_of(run), checkpoint_bytes(run.model)
+def totals(run: Run, layout: Layout | None = None) -> Totals:
+    """Totals of a run in a layout; None: one rank."""
+    step, saves, size = executed_flops(run, layout), saves_of(run), checkpoint_bytes(run.model)
     kept = min(saves, run.checkpoint.keep_last) + run.checkpoint.keep_best
     return Totals(
         flops=run.train.steps * step + evaluation_flops(run, step),
@@ -50,7 +51,7 @@ def totals(run: Run, data_ranks: int = 1) -> Totals:
     )
 
 
-def executed_flops(run: Run, data_ranks: int = 1) -> float:
+def executed_flops(run: Run, layout: Layout | None = None) -> float:
     """FLOPs of one step over all ranks, as torch counts them: with everything that is computed twice.
 
     Fused attention computes the scores again in its backward pass (5 products for 4); checkpointing every block's
@@ -62,7 +63,7 @@ def executed_flops(run: Run, data_ranks: int = 1) -> float:
     per_token = 3 * forward + parts["scores"] / 2
     if run.train.activation_checkpointing:
         per_token += forward - parts["head"]
-    if needs_first_pass(run, data_ranks):
+    if needs_first_pass(run, layout or Layout()):
         per_token += forward
     return per_token * run.train.batch_rows * length
 
