@@ -11,7 +11,7 @@ from moe.config.schema import MoE
 from moe.experts import Experts
 from moe.experts.means import output_sums
 from moe.init import initialise, off_meta
-from moe.routing import Counts, Dispatch, Routing, Selection, Tokens, plan
+from moe.routing import Counts, Routing, Selection, Tokens
 
 
 class Linear(nn.Linear):
@@ -80,7 +80,7 @@ class MoELayer(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         tokens = tokens if tokens is not None else Tokens.of_hidden(x_BSD)
         routing = self.router(x_TD, tokens, replay)
-        dispatch: Dispatch = plan(routing)
+        dispatch = self.experts.plan(routing)
         # with latent experts D is their width between the two shared matrices, and the model's outside
         latent_TD = x_TD if self.into_latent is None else self.into_latent(x_TD)
         travelling = self.experts.start(latent_TD, dispatch)

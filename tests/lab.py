@@ -10,10 +10,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -35,6 +35,7 @@ from moe.parallel import Ranks
 from moe.parallel.exchange import Exchange
 from moe.routing import Routing, Selection, fixed_offsets, plan
 from moe.train import train
+from moe.train.placing import place_by_load
 from moe.train.record import default_out
 from moe.train.sharding import spread
 from moe.train.step import micro_ranges
@@ -289,6 +290,22 @@ def travellers(lab: Lab, run: Run) -> Any:
         selection = Selection(token_R, expert_R)
         routing = Routing(token_R, expert_R, torch.ones(16), fixed_offsets(8, 2, token_R.device), E, selection)
         return exchange.start(torch.ones(8, 4), plan(routing), training=True).units_UD.clone().shape
+    finally:
+        dist.destroy_process_group()
+
+
+def placed(lab: Lab, run: Run) -> Any:
+    """The expert in each slot of two ranks, where the first half of the experts has been busy."""
+    folder = Path(lab.write("placed/routing.jsonl", '{"layer": 0, "step": 1, "counts": [9, 9, 1, 1]}\n')).parent
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        ranks = replace(Ranks(0, 2, torch.device("cpu")).arranged(resolve(run, 2)), patient=None)
+        with torch.device("meta"):
+            model = Transformer(run.model)
+        spread(model, run, ranks)
+        with patch.object(Ranks, "broadcast", lambda self, value: value):
+            place_by_load(cast("Any", SimpleNamespace(run=run, ranks=ranks, model=model)), folder)
+        return [layer.experts.exchange.order for _, layer in model.moe_layers() if layer.experts.exchange]
     finally:
         dist.destroy_process_group()
 

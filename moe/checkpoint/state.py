@@ -11,12 +11,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moe.checkpoint.content import read_index
 from moe.checkpoint.folder import Saved
 from moe.errors import CheckpointError
+from moe.experts import Experts
 from moe.parallel import Ranks
+from moe.parallel.parts import part_here
+from moe.parallel.placement import inverse, move_rows
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -30,9 +34,46 @@ def one_process() -> Iterator[None]:
 
 
 def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """What a checkpoint holds, under names that do not depend on the layout; the tensors are the model's own."""
+    """What a checkpoint holds, under names and in an order that do not depend on the layout.
+
+    The tensors are the model's own, but for experts that are placed out of order, which are copied.
+    """
+    state = _own_state(model, optimizer)
+    for name, experts in _placed(model):
+        exchange = experts.exchange
+        assert exchange is not None and exchange.order is not None
+        slots = inverse(exchange.order)
+        for part in state.values():
+            for key, value in part.items():
+                if f"{name}." in key and isinstance(value, DTensor):
+                    rows = move_rows(value.to_local(), slots, exchange.group)
+                    part[key] = DTensor.from_local(rows, value.device_mesh, value.placements, run_check=False)
+    return state
+
+
+def _own_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _placed(model: nn.Module) -> Iterator[tuple[str, Experts]]:
+    """Expert modules, by name, whose experts are placed out of order."""
+    for name, module in model.named_modules():
+        if isinstance(module, Experts) and module.exchange is not None and module.exchange.order is not None:
+            yield name, module
+
+
+@torch.no_grad()
+def _place(model: nn.Module, optimizer: Optimizer) -> None:
+    """Bring experts that have been read in their own order to where the placement wants them, in place."""
+    for _, experts in _placed(model):
+        exchange = experts.exchange
+        assert exchange is not None and exchange.order is not None
+        for parameter in experts.parameters():
+            moments = (value for value in optimizer.state[parameter].values() if isinstance(value, DTensor))
+            for tensor in (parameter.detach(), *moments):
+                here = part_here(tensor)
+                here.copy_(move_rows(here, exchange.order, exchange.group))
 
 
 def state_bytes(state: dict[str, dict[str, Any]]) -> int:
@@ -43,7 +84,7 @@ def state_bytes(state: dict[str, dict[str, Any]]) -> int:
 
 def load(saved: Saved, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
     """Load a checkpoint into a model and its optimizer. Raises CheckpointError when names, shapes or types differ."""
-    state = state_of(model, optimizer)
+    state = _own_state(model, optimizer)
     _check_names(saved, state, ranks)
     with one_process():
         dcp.load(state, checkpoint_id=saved.path, process_group=ranks.patient, no_dist=ranks.world_size == 1)
@@ -54,6 +95,7 @@ def load(saved: Saved, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> 
     )
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+    _place(model, optimizer)
 
 
 def stored_names(saved: Saved) -> list[str]:

@@ -407,6 +407,9 @@ class Parallel:
     (no size is read back from the device; rows past it are dropped and counted)."""
     dispatch_capacity_factor: PositiveFloat = 2.0
     """Rows that `capacity` sends to each expert, over its balanced share."""
+    placement: Literal["index", "load"] = "index"
+    """Which rank of an expert group holds which experts: in their order, or, from the next resume on, by their loads in
+    routing.jsonl, so that ranks are used evenly. Checkpoints are the same."""
     timeout_seconds: PositiveFloat = 600.0
     """Longest wait for another rank within a step; a rank that waits longer ends the run and says for whom it waited."""
 

@@ -22,7 +22,7 @@ from moe.config.check import low_precision, unequal_widths
 from moe.errors import BackendError
 from moe.experts import block_sparse_backend, reference, torch_backend, triton_backend
 from moe.parallel.exchange import Arrival, Exchange
-from moe.routing import Dispatch
+from moe.routing import Dispatch, Routing, plan
 from moe_triton.block_sizes import block_of
 from moe_triton.block_sparse import PackedExperts
 
@@ -99,6 +99,10 @@ class Experts(nn.Module):
             return None
         indices = {name: getattr(self, name) for name in _INDICES}
         return PackedExperts(widths=self.widths, block=block_of(self.widths), **indices)
+
+    def plan(self, routing: Routing) -> Dispatch:
+        """Order a routing's rows as this module's `forward` takes them: by expert, or by where experts are."""
+        return plan(routing) if self.exchange is None else self.exchange.plan(routing)
 
     def start(self, x_TD: Tensor, dispatch: Dispatch) -> Arrival | None:
         """Send tokens on their way to the ranks that hold their experts; None where all experts are here."""

@@ -3,6 +3,7 @@
 ranks      this process's place; sums, messages, start and stop
 mesh       the process groups of a layout
 parts      what a rank holds of a parameter
+placement  which rank holds which experts, by load
 exchange   tokens to the ranks that hold their experts, and back
 ulysses    tokens for heads, between the ranks that share a row
 watch      what every rank is doing, and the end of a run in which one does not come

@@ -14,7 +14,7 @@ Rows leave in expert order, tokens in token order, so every sum has one order an
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 
-from moe.routing import Counts, Dispatch, count_rows
+from moe.parallel.placement import inverse
+from moe.routing import Counts, Dispatch, Routing, count_rows, plan
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,15 @@ class Exchange:
         self.me = dist.get_rank(group)
         self.num_experts, self.local_experts = num_experts, num_experts // self.ranks
         self.dispatch, self.capacity_factor = dispatch, capacity_factor
+        self.order: list[int] | None = None
+        """The expert in each slot, rank after rank (moe/parallel/placement.py); None: in their own order."""
+
+    def plan(self, routing: Routing) -> Dispatch:
+        """Order a routing's rows by slot."""
+        if self.order is None:
+            return plan(routing)
+        slot_E1 = torch.tensor([*inverse(self.order), self.num_experts], device=routing.expert_R.device)
+        return plan(replace(routing, expert_R=slot_E1.index_select(0, routing.expert_R)))
 
     def start(self, x_TD: Tensor, dispatch: Dispatch, *, training: bool) -> Arrival:
         """Send the tokens of a dispatch off: x_TD [T, D]. Every rank of the group calls it, with any T, also 0.

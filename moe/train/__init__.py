@@ -1,6 +1,7 @@
 """The trainer: `train` and `resume`, and `step_function` for those who time a step.
 
 step       one optimizer step
+placing    experts to ranks by load, on resume
 sharding   the model over the ranks of a layout
 loop       a run from set-up to summary
 evaluate   loss on fixed validation rows

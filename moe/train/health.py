@@ -22,7 +22,7 @@ from moe.metrics import coactivation, mutual_information, overlap
 from moe.model import Transformer, balancing_loss
 from moe.moe_layer import MoELayer
 from moe.parallel.parts import copies, part_here
-from moe.routing import Routing, Selection, Tokens, fixed_offsets, plan
+from moe.routing import Routing, Selection, Tokens, fixed_offsets
 from moe.train.evaluate import rounds
 from moe.train.step import State, forward, step_inputs
 
@@ -259,7 +259,7 @@ def every_output(layer: MoELayer, x_ND: Tensor) -> Tensor:
     ones_R = torch.ones(E * N, device=x_ND.device)
     offsets = fixed_offsets(E * N, 1, x_ND.device)
     routing = Routing(token_R, expert_R, ones_R, offsets, E, Selection(token_R, expert_R))
-    return layer.experts(x_ND.repeat(E, 1), plan(routing)).view(E, N, -1)
+    return layer.experts(x_ND.repeat(E, 1), layer.experts.plan(routing)).view(E, N, -1)
 
 
 def _choice_in_float64(one: Seen) -> Selection | None:

@@ -32,6 +32,7 @@ from moe.train.health import measure, router_weights
 from moe.train.ledger import Ledger, Meters, device_name
 from moe.train.memory import require_memory
 from moe.train.mirrors import require_tensorboard
+from moe.train.placing import place_by_load
 from moe.train.replay import Recorder, Replayer
 from moe.train.runlog import RunLog
 from moe.train.step import State, StepResult, build_state, train_step
@@ -91,6 +92,9 @@ def resume(out: Path, overrides: Sequence[str] = ()) -> Path:
         document = json.loads((out / "run.json").read_text(encoding="utf-8"))
         _refuse_other_text(document["meta"], state.corpus, out)
         if found:
+            placed = place_by_load(state, out)
+            if placed:
+                console.say(placed)
             checkpoint.load(found, state.model, state.optimizer, ranks)
             _announce_layout(meta, ranks, console)
         with ranks.first_then_others(lambda: record.lock(out) if ranks.first else nullcontext()):
