@@ -12,13 +12,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from moe.attention import GroupedQuery, KeyValue, Latent, RMSNorm, RotaryEmbedding, attention_mask
 from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer
 from moe.init import initialise, off_meta
+from moe.loss import IGNORE, chunked_cross_entropy
 from moe.moe_layer import Linear, MoELayer, SwiGLU
 from moe.parallel.exchange import EXCHANGE_COUNTS
 from moe.parallel.ulysses import Ulysses
 from moe.routing import Counts, Routing, Selection, Tokens
-
-IGNORE = -100
-"""Target of a token that carries no loss."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +93,21 @@ class Transformer(nn.Module):
     """Token ids to logits or loss. Parameters are float32; `dtype` is the type of activations and matrix products.
 
     `recompute` keeps only block inputs and the routing decision for backward (activation checkpointing). With a `context`
-    (moe/train/sharding.py sets it) each rank gets its part of every row.
+    (moe/train/sharding.py sets it) each rank gets its part of every row. `loss_chunk` is the number of tokens whose logits
+    exist at once when a loss is asked for; 0: all.
     """
 
-    def __init__(self, config: Model, *, seed: int = 0, dtype: torch.dtype = torch.float32, recompute: bool = False):
+    def __init__(
+        self,
+        config: Model,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        recompute: bool = False,
+        loss_chunk: int = 0,
+    ):
         super().__init__()
-        self.config, self.dtype, self.recompute = config, dtype, recompute
+        self.config, self.dtype, self.recompute, self.loss_chunk = config, dtype, recompute, loss_chunk
         self.context: Ulysses | None = None
         attention = config.attention
         grouped = isinstance(attention, GroupedQueryAttention)
@@ -150,19 +157,26 @@ class Transformer(nn.Module):
             x_BSD, routing = run(x_BSD, cos_sin, mask, tokens, forced, cache[layer] if cache is not None else None)
             if routing is not None:
                 routings.append((layer, routing))
-        logits_BSV = self._logits(self.norm(x_BSD))
+        x_BSD = self.norm(x_BSD)
         losses, auxiliary = _mean_losses([routing for _, routing in routings])
         reports = tuple(LayerRouting(layer, routing.statistics, routing.selection) for layer, routing in routings)
         if targets_BS is None:
-            return Output(logits_BSV, None, losses, None, reports)
+            return Output(self._logits(x_BSD), None, losses, None, reports)
         count = step_targets if step_targets is not None else (targets_BS != IGNORE).sum()
-        nll = cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum")
-        loss = nll / count.clamp(min=1)
+        loss = self._sum_of_losses(x_BSD.flatten(0, 1), targets_BS.flatten()) / count.clamp(min=1)
         return Output(None, loss, losses, loss + auxiliary, reports)
 
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def _sum_of_losses(self, x_TD: Tensor, targets_T: Tensor) -> Tensor:
+        if self.loss_chunk:
+            return chunked_cross_entropy(x_TD, self._head_weight, targets_T, self.loss_chunk)
+        return cross_entropy(self._logits(x_TD), targets_T, ignore_index=IGNORE, reduction="sum")
+
     def _logits(self, x_BSD: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = nn.functional.linear(x_BSD, weight.to(x_BSD.dtype))
+        logits = nn.functional.linear(x_BSD, self._head_weight.to(x_BSD.dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _residual_scale(self) -> float:

@@ -452,6 +452,7 @@ EFFECTS: dict[str, Effect] = {
     "train.precision": Effect(losses, "float32", "bfloat16"),
     "train.compile": Effect(calls, False, True),
     "train.activation_checkpointing": Effect(kept_bytes, False, True),
+    "train.loss_chunk": Effect(kept_bytes, 0, 8),
     "train.device": Effect(place, "cpu", "cuda"),
     "train.threads": Effect(threads, 1, 2),
     "train.max_nonfinite_steps": Effect(stopped_at, 1, 2, ("train.steps=3", "model.init_std=1e38")),

@@ -29,7 +29,7 @@ LAYERS = (
     ("moe.analysis", "moe.data", "moe.optim", "moe.checkpoint"),
     ("moe.metrics",),
     ("moe.model",),
-    ("moe.attention",),
+    ("moe.attention", "moe.loss"),
     ("moe.moe_layer",),
     ("moe.routers", "moe.experts"),
     ("moe.parallel",),

@@ -375,6 +375,8 @@ class Train:
     """Run the model through torch.compile."""
     activation_checkpointing: bool = False
     """Keep only block inputs and the routing decision; recompute the rest in backward."""
+    loss_chunk: NonNegativeInt = 0
+    """Tokens whose logits exist at once while the loss is computed, whatever the vocabulary; 0 for all of a micro-batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes an accelerator if there is one."""
     threads: Annotated[int, Ge(0), Le(4096)] = 0

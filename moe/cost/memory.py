@@ -82,10 +82,19 @@ def stage_memory(run: Run, layout: Layout, stage: int) -> dict[str, int]:
         "gathered": _gathered_bytes(layout, shares, size),
         "activations": activations + last * passes * tokens * _norm_bytes(model.dim, size),
         "masks": mask,
-        "logits": last * tokens * model.vocab_size * 2 * FLOAT32,
+        "logits": last * _logits_bytes(run, tokens, size),
         "exchange": exchange,
     }
     return {name: round(value) for name, value in parts.items()}
+
+
+def _logits_bytes(run: Run, tokens: float, size: int) -> float:
+    """Log-probabilities and their gradient; of a chunk of tokens, with the gradients kept of hidden states and head."""
+    model, chunk = run.model, run.train.loss_chunk
+    if not chunk:
+        return tokens * model.vocab_size * 2 * FLOAT32
+    kept = tokens * model.dim * size + model.vocab_size * model.dim * FLOAT32
+    return min(tokens, chunk) * model.vocab_size * 2 * FLOAT32 + kept
 
 
 def _passes_held(run: Run, layout: Layout, stage: int) -> int:

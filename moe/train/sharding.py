@@ -52,6 +52,7 @@ def build_model(run: Run, ranks: Ranks, *, dtype: torch.dtype | None = None) -> 
         seed=run.seed,
         dtype=dtype or DTYPES[train.precision],
         recompute=train.activation_checkpointing,
+        loss_chunk=train.loss_chunk,
     )
     if layout.shard == 1 and layout.expert == 1:
         model = build()

@@ -1,0 +1,58 @@
+"""The language-model loss from hidden states, a chunk of tokens at a time, so that no tensor of all logits ever exists.
+
+Eager: [T, V] logits in float32, their log-probabilities kept for backward, and their gradient: three such tensors at the peak.
+Here: two of [chunk, V]. The gradients of hidden states and of the head are worked out on the way, while a chunk's logits are
+there, because the loss is a sum: backward only scales them. Nothing is computed twice, and T·D + V·D numbers are kept.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+IGNORE = -100
+"""Target of a token that carries no loss."""
+
+
+def chunked_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
+    """Sum of the negative log-likelihoods of targets_T [T] (IGNORE for none) under softmax(x_TD W^T), a scalar.
+
+    Products are in x_TD's type, the rest in float32 or wider; weight_VD [V, D] is cast at use. `chunk`: tokens at a time.
+    """
+    keep = torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad)
+    return _ChunkedCrossEntropy.apply(x_TD, weight_VD, targets_T, chunk, keep)  # type: ignore[return-value]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """d(sum)/d(logits) = softmax - one-hot, for tokens with a target; 0 for the others."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, keep: bool) -> Tensor:
+        w_VD = weight_VD.to(x_TD.dtype)
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=x_TD.device)
+        gradients_x, gradient_VD = [], torch.zeros_like(weight_VD) if keep else None
+        for x_CD, target_C in zip(x_TD.split(chunk), targets_T.split(chunk), strict=True):
+            logits_CV = linear(x_CD, w_VD).to(wide)
+            counts_C1 = (target_C != IGNORE).unsqueeze(1)
+            target_C1 = target_C.clamp(min=0).unsqueeze(1)
+            normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
+            total += (normaliser_C1 - logits_CV.gather(1, target_C1)).masked_fill(~counts_C1, 0.0).sum()
+            if gradient_VD is not None:
+                share_CV = logits_CV.sub_(normaliser_C1).exp_()
+                share_CV.scatter_(1, target_C1, share_CV.gather(1, target_C1) - 1)
+                change_CV = share_CV.masked_fill_(~counts_C1, 0.0).to(x_CD.dtype)
+                gradients_x.append(change_CV @ w_VD)
+                if gradient_VD.dtype == x_CD.dtype:
+                    gradient_VD.addmm_(change_CV.t(), x_CD)
+                else:
+                    gradient_VD += change_CV.t() @ x_CD
+        if gradient_VD is not None:
+            gradient_TD = torch.cat(gradients_x) if gradients_x else torch.zeros_like(x_TD)
+            ctx.save_for_backward(gradient_TD, gradient_VD)
+        return total
+
+    @staticmethod
+    def backward(ctx, *scales: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        gradient_TD, gradient_VD = ctx.saved_tensors
+        scale = scales[0]
+        return gradient_TD * scale.to(gradient_TD.dtype), gradient_VD * scale.to(gradient_VD.dtype), None, None, None
