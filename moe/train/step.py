@@ -174,7 +174,8 @@ def _with_global_counts(state: State, batches: list[Batch], inputs: list[Tokens]
     with torch.no_grad():
         for batch, tokens in zip(batches, inputs, strict=True):
             for layer in forward(state, batch, tokens).routing:
-                counts_LE[layer.layer] += layer.statistics["counts_E"]
+                counts_E = layer.statistics["counts_E"]
+                counts_LE[layer.layer, : len(counts_E)] += counts_E
     counts_LE = state.ranks.sum(counts_LE)
     return [replace(tokens, step_counts_LE=counts_LE) for tokens in inputs]
 
