@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_counters import RANGE, FakeNvml, powercap, turn
+from test_layouts import torchrun
 from tiny_runs import tiny_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe import cli, parallel
-from moe.analysis.ledger import account, describe, project
+from moe.analysis.ledger import account, describe, project, read_ledger
 from moe.analysis.ledger_prices import describe_next, equal_loss, has_tail, next_nats, tail, tokens_to
+from moe.config.load import dump
 from moe.config.schema import Cost
 from moe.cost import flops_per_step
 from moe.cost.charges import Graded, charge, planned_charge, rates_of
@@ -344,8 +346,6 @@ def test_a_run_that_dies_twice_and_is_resumed_counts_every_step_that_was_done_on
 @pytest.mark.timeout(300)
 def test_sigkill_loses_at_most_the_step_that_it_hits(tmp_path):
     config = tmp_path / "tiny.json"
-    from moe.config.load import dump
-
     config.write_text(json.dumps(dump(tiny_run(tmp_path, "train.steps=10", "checkpoint.every_steps=3"))))
     out = tmp_path / "run"
     crash = [sys.executable, str(HERE / "crash_run.py")]
@@ -359,6 +359,24 @@ def test_sigkill_loses_at_most_the_step_that_it_hits(tmp_path):
     found = account(out)
     assert (found["attempts"], found["steps"]) == (3, len(done))
     assert found["repeated_steps"] == len(done) - 10 > 0
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_two_ranks_count_together_what_one_process_counts(tmp_path):
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(dump(tiny_run(tmp_path, "train.steps=1"))))
+    out = tmp_path / "two"
+    settings = ["train.micro_rows=2", "parallel.shard=2", "parallel.expert=2"]
+    torchrun(2, "-m", "moe.train", str(config), f"out={out}", *settings)
+    alone = train(tiny_run(tmp_path, "train.steps=1"), tmp_path / "one")
+    two, one = (
+        [row["flops"] for a in read_ledger(folder) for row in a.work if row["phase"] == "step"]
+        for folder in (out, alone)
+    )
+    assert len(two) == 2 and sum(two) == one[0]
+    found = account(out)
+    assert found["ranks"] == 2 and found["device_hours"]["value"] > found["seconds"]["value"] / 3600
 
 
 # ------------------------------------------------------------------------------------------------------------- prices
