@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moe.config.schema import AdamW, Cosine, Schedule
+from moe.config.schema import AdamW, Cosine, Muon, Schedule
+from moe.muon import Muon as MuonOptimizer
 from moe.parallel import Ranks
 from moe.parallel.parts import copies, part_here
 
@@ -27,8 +28,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": group, "weight_decay": weight_decay if key[1] else 0.0} for key, group in ordered]
 
 
-def build_optimizer(model: nn.Module, config: AdamW) -> torch.optim.AdamW:
-    """AdamW over all parameters; the learning rate is set before every step."""
+def build_optimizer(model: nn.Module, config: AdamW | Muon) -> torch.optim.Optimizer:
+    """The config's update rule over all parameters; the learning rate is set before every step."""
+    if isinstance(config, Muon):
+        return MuonOptimizer(model, config)
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.lr,

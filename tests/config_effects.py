@@ -211,6 +211,7 @@ FOLDER = ("data.sources.0=hub", lambda lab: f"data.sources.0.dataset={local_data
 OTHER_SOURCE = ("data.sources.1=files", lambda lab: f"data.sources.1.paths={typed(text_file('b.jsonl', 'zebra')(lab))}")
 BPE = ("data.tokenizer=bpe", "data.tokenizer.vocab_size=300", "model.vocab_size=400")
 THREE_STEPS = ("train.steps=3",)
+MUON = ("train.optimizer=muon",)
 EIGHT = ("train.batch_rows=8", "train.micro_rows=1")
 LOSS_FREE = ("model.moe.router=loss_free",)
 EXPERT_CHOICE = ("model.moe.router=expert_choice",)
@@ -457,11 +458,21 @@ EFFECTS: dict[str, Effect] = {
     "train.device": Effect(place, "cpu", "cuda"),
     "train.threads": Effect(threads, 1, 2),
     "train.max_nonfinite_steps": Effect(stopped_at, 1, 2, ("train.steps=3", "model.init_std=1e38")),
-    "train.optimizer.lr": Effect(rates, 0.01, 0.02),
-    "train.optimizer.beta1": Effect(losses, 0.9, 0.5),
-    "train.optimizer.beta2": Effect(losses, 0.95, 0.5),
-    "train.optimizer.eps": Effect(losses, 1e-8, 0.1),
-    "train.optimizer.weight_decay": Effect(losses, 0.1, 10.0),
+    "train.optimizer[adamw]": Effect(losses, {"name": "adamw", "lr": 0.01}, "muon"),
+    "train.optimizer[muon]": Effect(losses, "muon", {"name": "adamw", "lr": 0.001}),
+    "train.optimizer[adamw].lr": Effect(rates, 0.01, 0.02),
+    "train.optimizer[adamw].beta1": Effect(losses, 0.9, 0.5),
+    "train.optimizer[adamw].beta2": Effect(losses, 0.95, 0.5),
+    "train.optimizer[adamw].eps": Effect(losses, 1e-8, 0.1),
+    "train.optimizer[adamw].weight_decay": Effect(losses, 0.1, 10.0),
+    "train.optimizer[muon].lr": Effect(rates, 0.01, 0.02, MUON),
+    "train.optimizer[muon].momentum": Effect(losses, 0.95, 0.5, MUON),
+    "train.optimizer[muon].iterations": Effect(losses, 5, 1, MUON),
+    "train.optimizer[muon].update_rms": Effect(losses, 0.2, 1.0, MUON),
+    "train.optimizer[muon].beta1": Effect(losses, 0.9, 0.5, MUON),
+    "train.optimizer[muon].beta2": Effect(losses, 0.95, 0.5, MUON),
+    "train.optimizer[muon].eps": Effect(losses, 1e-8, 0.1, MUON),
+    "train.optimizer[muon].weight_decay": Effect(losses, 0.1, 10.0, MUON),
     "train.schedule[cosine]": Effect(rates, "cosine", {"name": "wsd", "decay_steps": 1}, THREE_STEPS),
     "train.schedule[wsd]": Effect(rates, {"name": "wsd", "decay_steps": 2}, "cosine", THREE_STEPS),
     "train.schedule[cosine].warmup_steps": Effect(rates, 0, 2, THREE_STEPS),

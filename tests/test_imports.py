@@ -27,7 +27,7 @@ LAYERS = (
     ("moe.surgery",),
     ("moe.train",),
     ("moe.analysis", "moe.data", "moe.optim", "moe.checkpoint"),
-    ("moe.metrics",),
+    ("moe.metrics", "moe.muon"),
     ("moe.model",),
     ("moe.attention", "moe.loss"),
     ("moe.moe_layer",),

@@ -34,6 +34,7 @@ def check(run: Run) -> None:
         *_vocabulary(run),
         *_batch(run),
         *_schedule(run),
+        *_muon(run),
         *_saving(run),
         *_replay(run),
     ]
@@ -255,6 +256,16 @@ def _schedule(run: Run) -> Iterator[str]:
             f"train.schedule.warmup_steps ({warmup}) plus decay_steps ({schedule.decay_steps}), "
             f"{warmup + schedule.decay_steps}, must be at most train.steps ({steps}): "
             f"use decay_steps={steps - warmup} or less"
+        )
+
+
+def _muon(run: Run) -> Iterator[str]:
+    cuts = {name: getattr(run.parallel, name) for name in ("shard", "expert", "tensor")}
+    cut = next((name for name, size in cuts.items() if size > 1), "")
+    if run.train.optimizer.name == "muon" and cut:
+        yield (
+            f"train.optimizer 'muon' updates whole matrices, and parallel.{cut} ({cuts[cut]}) cuts them: "
+            f"use parallel.{cut}=1 or train.optimizer=adamw"
         )
 
 

@@ -29,6 +29,13 @@ def config(cls: type[T]) -> type[T]:
     return dataclass(frozen=True, kw_only=True, slots=True)(cls)
 
 
+@dataclass(frozen=True)
+class Unnamed:
+    """In a family's hint: which member an object without a name is, for files older than the family."""
+
+    name: str
+
+
 # ---------------------------------------------------------------------------------------------------------- model
 
 
@@ -316,6 +323,7 @@ class Data:
 class AdamW:
     """AdamW (arXiv 1711.05101); weight decay acts on matrices only, not on norms, biases, embeddings or routers' states."""
 
+    name: Literal["adamw"] = "adamw"
     lr: PositiveFloat
     """Peak learning rate."""
     beta1: OpenFraction = 0.9
@@ -326,6 +334,32 @@ class AdamW:
     """Added to the denominator."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay per unit of learning rate."""
+
+
+@config
+class Muon:
+    """Muon for the matrices of blocks, each expert its own, AdamW for embedding, head, routers and vectors (moe/muon.py)."""
+
+    name: Literal["muon"] = "muon"
+    lr: PositiveFloat = 0.001
+    """Peak learning rate, for both rules; an update's size is that of AdamW's."""
+    momentum: OpenFraction = 0.95
+    """Decay of the gradient's average, with Nesterov's look ahead."""
+    iterations: PositiveInt = 5
+    """Newton-Schulz iterations that make an update's singular values about equal."""
+    update_rms: PositiveFloat = 0.2
+    """Root mean square of an update whose singular values are all 1, over the learning rate."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay per unit of learning rate, for both rules."""
+    beta1: OpenFraction = 0.9
+    """AdamW's decay of the gradient's average, where that is used."""
+    beta2: OpenFraction = 0.95
+    """AdamW's decay of the squared gradient's average."""
+    eps: PositiveFloat = 1e-8
+    """Added to AdamW's denominator."""
+
+
+UpdateRule = Annotated[AdamW | Muon, Discriminator("name"), Unnamed("adamw")]
 
 
 @config
@@ -365,7 +399,7 @@ class Train:
     """Rows of sequence_length tokens in one step, over all ranks and micro-batches."""
     micro_rows: PositiveInt
     """Rows in one forward pass of one rank; batch_rows = micro_rows · parallel.replicate · shard · accumulation."""
-    optimizer: AdamW
+    optimizer: UpdateRule
     """Update rule."""
     schedule: Schedule = Cosine()
     """Learning rate as a function of the step."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from moe.config.registry import resolve_router, router_name
-from moe.config.schema import RouterConfig
+from moe.config.schema import RouterConfig, Unnamed
 from moe.config.words import Step, dotted, shown
 from moe.errors import ConfigError
 
@@ -39,6 +39,8 @@ class Slot:
     """The config class, if there is exactly one."""
     members: Mapping[str, type] = field(default_factory=dict)
     """Config classes by name, if this is a family other than the routers."""
+    unnamed: str = ""
+    """The member that an object without a name is; empty: a name is required."""
     items: "Slot | None" = None
     """What each element of a list may hold."""
 
@@ -73,7 +75,9 @@ def slot_of(hint: Any) -> Slot:
         if len(choices) == 1:
             return dataclasses.replace(slot_of(choices[0]), optional=optional)
         if all(is_config(choice) for choice in choices):
-            return Slot(base=hint, optional=optional, members={name_of(choice): choice for choice in choices})
+            members = {name_of(choice): choice for choice in choices}
+            unnamed = next((item.name for item in constraints if isinstance(item, Unnamed)), "")
+            return Slot(base=hint, optional=optional, members=members, unnamed=unnamed)
         return Slot(base=hint, constraints=constraints, optional=optional)
     if typing.get_origin(hint) is tuple:
         return Slot(base=hint, constraints=constraints, items=slot_of(typing.get_args(hint)[0]))
@@ -145,6 +149,8 @@ def complete(slot: Slot, value: Any) -> Any:
         return [complete(slot.items, item) for item in value]
     if not isinstance(value, dict):
         return value
+    if slot.unnamed:
+        value = {"name": slot.unnamed, **value}
     try:
         cls = class_of(slot, value)
     except ConfigError:

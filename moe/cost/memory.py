@@ -38,7 +38,7 @@ FLOAT32 = 4
 def memory_bytes(run: Run, layout: Layout | None = None) -> dict[str, int]:
     """Bytes per rank of a step, by purpose, of the pipeline stage that needs most; their sum estimates the peak.
 
-    Without a layout, those of one process that holds everything. parameters, gradients and optimizer (Adam's two
+    Without a layout, those of one process that holds everything. parameters, gradients and optimizer (the
     averages) in float32; weight_casts: the copies of matrices that autograd keeps, in bfloat16 (or in the order in
     which `block_sparse` wants experts of one width); gathered: what FSDP holds whole, the block in use and the next one
     in the type of products, one block's gradients in float32, and what is around the blocks; activations: what
@@ -75,10 +75,13 @@ def stage_memory(run: Run, layout: Layout, stage: int) -> dict[str, int]:
     whole_head = last and size != FLOAT32 and layout.dense_shards == 1
     shares = stage_parameters(model, blocks)
     held = parameters_per_rank(layout, shares)
+    # Muon keeps one average of a block's matrices, and none of them is cut
+    by_muon = run.train.optimizer.name == "muon"
+    one_average = sum(part.matrices + part.experts for part in shares if part.layer >= 0) if by_muon else 0
     parts = {
         "parameters": FLOAT32 * held,
         "gradients": FLOAT32 * held,
-        "optimizer": 2 * FLOAT32 * held,
+        "optimizer": FLOAT32 * (2 * held - one_average),
         "weight_casts": cast + whole_head * size * model.vocab_size * model.dim,
         "gathered": _gathered_bytes(layout, shares, size),
         "activations": activations + last * passes * tokens * _norm_bytes(model.dim, size),
