@@ -21,10 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe import parallel
 from moe.config.layout import Layout, resolve
 from moe.config.schema import AdamW, Balance, Data, GroupedQueryAttention, Model, MoE, Parallel, Run, Train
+from moe.cost.memory import memory_bytes
 from moe.cost.traffic import traffic
 from moe.data import Batch
 from moe.optim import build_optimizer
 from moe.parallel import Ranks
+from moe.parallel.parts import part_here
 from moe.routers.topk import Config as TopK
 from moe.train.sharding import build_model
 from moe.train.step import State, train_step
@@ -130,14 +132,15 @@ def run_of(layout: Parallel, *, passes: int, recompute: bool) -> Run:
 
 
 def measured(run: Run, ranks: Ranks) -> dict[str, float]:
-    """Bytes that a rank sends in one step by operation, the mean over ranks."""
+    """Bytes that a rank sends in one step by operation, and those of its parameters: the mean over ranks."""
     model = build_model(run, ranks)
     corpus: Any = FullCorpus()
     state = State(run, ranks, corpus, model, model, build_optimizer(model, run.train.optimizer))
     with Bytes() as counter:
         train_step(state, 0)
+    held = sum(part_here(parameter.detach()).nbytes for parameter in model.parameters())
     sums: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(sums, dict(counter.sent))
+    dist.all_gather_object(sums, {**counter.sent, "parameters": held})
     names = {name for row in sums for name in row}
     return {name: sum(row.get(name, 0.0) for row in sums) / len(sums) for name in sorted(names)}
 
@@ -147,7 +150,7 @@ def modelled(run: Run, layout: Layout) -> dict[str, float]:
     sums: Counter[str] = Counter()
     for move in traffic(run, layout):
         sums[move.operation] += move.sent
-    return dict(sums)
+    return {**sums, "parameters": memory_bytes(run, layout)["parameters"]}
 
 
 def main() -> None:
