@@ -41,6 +41,8 @@ LAYOUTS = {
         Parallel(expert=2, dispatch="rows"),
         Parallel(expert=2, dispatch="capacity"),
         Parallel(shard=2, expert=2),
+        Parallel(context=2),
+        Parallel(context=2, expert=2),
     ],
     4: [
         Parallel(shard=4),
@@ -49,6 +51,7 @@ LAYOUTS = {
         Parallel(expert=4, dispatch="rows"),
         Parallel(shard=4, expert=2),
         Parallel(replicate=2, shard=2, expert=4),
+        Parallel(shard=2, context=2, expert=2),
     ],
 }
 
@@ -121,7 +124,7 @@ class FullCorpus:
 def run_of(layout: Parallel, *, passes: int, recompute: bool) -> Run:
     """A run of two expert layers whose router is trained, and so noisy that it draws K of E at random."""
     attention = GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=16)
-    router = TopK(noise="gaussian", noise_scale=100.0, balance=Balance(weight=0.01, scope="sequence"))
+    router = TopK(noise="gaussian", noise_scale=5.0, balance=Balance(weight=0.01, scope="sequence"))
     moe = MoE(num_experts=8, top_k=2, expert_hidden=64, router=router)
     model = Model(vocab_size=VOCABULARY, dim=64, num_layers=2, ffn_hidden=64, attention=attention, moe=moe)
     train = Train(steps=1, batch_rows=ROWS, micro_rows=1, optimizer=AdamW(lr=1e-3), activation_checkpointing=recompute)
