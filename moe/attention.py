@@ -4,11 +4,14 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, Rotary
 from moe.errors import UserError
 from moe.moe_layer import Linear
+from moe.parallel.parts import part_here
+from moe.parallel.tensor import used_by_heads
 from moe.parallel.ulysses import Ulysses
 
 
@@ -188,7 +191,8 @@ class GroupedQuery(nn.Module):
         B, N, S, H = query.shape
         groups = N // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        sink_N = self.sink_N if self.context is None else self.context.heads_here(self.sink_N)
+        sink_N = part_here(self.sink_N)
+        sink_N = sink_N if self.context is None else self.context.heads_here(sink_N)
         sink = (sink_N / self.scale).to(query.dtype).view(1, N, 1, 1).expand(B, N, 1, 1)
         sink_key = pad(torch.cat((key.new_zeros(B, N, 1, H), sink), dim=3), (0, 7))
         key = torch.cat((sink_key, pad(key, (0, 8))), dim=2)
@@ -202,13 +206,17 @@ class GroupedQuery(nn.Module):
 
 
 class Latent(nn.Module):
-    """Multi-head latent attention; keys and values are expanded from a vector of rank kv_rank. `context`: see GroupedQuery."""
+    """Multi-head latent attention; keys and values are expanded from a vector of rank kv_rank.
+
+    `context`: see GroupedQuery; `tensor`: the ranks that share the heads, set there too.
+    """
 
     def __init__(self, config: LatentAttention, model: Model):
         super().__init__()
         self.context: Ulysses | None = None
         D, N = model.dim, config.num_heads
         self.config = config
+        self.tensor: DeviceMesh | None = None
         query_dim = N * (config.nope_dim + config.rope_dim)
         self.query_down = Linear(D, config.q_rank, bias=False) if config.q_rank else None
         self.query_norm = RMSNorm(config.q_rank, model.norm_eps) if config.q_rank else None
@@ -224,17 +232,18 @@ class Latent(nn.Module):
     def forward(
         self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None, past: KeyValue | None = None
     ) -> Tensor:
-        config, N = self.config, self.config.num_heads
+        config = self.config
         if self.query_down is not None and self.query_norm is not None:
             query = self.query(self.query_norm(self.query_down(x_BSD)))
         else:
             query = self.query(x_BSD)
-        query = query.unflatten(-1, (N, -1)).transpose(1, 2)
+        query = query.unflatten(-1, (-1, config.nope_dim + config.rope_dim)).transpose(1, 2)
         latent, key_rope = self.kv_down(x_BSD).split((config.kv_rank, config.rope_dim), dim=-1)
-        kv = self.kv(self.kv_norm(latent)).unflatten(-1, (N, -1)).transpose(1, 2)
+        key_rope = used_by_heads(key_rope, self.tensor)
+        kv = self.kv(self.kv_norm(latent)).unflatten(-1, (-1, config.nope_dim + config.value_dim)).transpose(1, 2)
         key_nope, value = kv.split((config.nope_dim, config.value_dim), dim=-1)
         query_nope, query_rope = query.split((config.nope_dim, config.rope_dim), dim=-1)
-        key_rope = rotate(key_rope.unsqueeze(1), cos_sin).expand(-1, N, -1, -1)
+        key_rope = rotate(key_rope.unsqueeze(1), cos_sin).expand(-1, kv.shape[1], -1, -1)
         query = torch.cat((query_nope, rotate(query_rope, cos_sin)), dim=-1)
         key = torch.cat((key_nope, key_rope), dim=-1)
         if past is not None:

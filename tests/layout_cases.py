@@ -32,6 +32,7 @@ LAYOUTS = {
         Parallel(shard=2, expert=2),
         Parallel(context=2),
         Parallel(context=2, expert=2),
+        Parallel(tensor=2),
     ],
     4: [
         Parallel(shard=4),
@@ -46,6 +47,10 @@ LAYOUTS = {
         Parallel(shard=2, context=2, expert=2),
         Parallel(shard=2, context=2, expert=4),
         Parallel(replicate=2, context=2, expert=2),
+        Parallel(replicate=2, tensor=2),
+        Parallel(shard=2, tensor=2),
+        Parallel(shard=2, tensor=2, expert=2),
+        Parallel(context=2, tensor=2),
     ],
 }
 
@@ -57,6 +62,14 @@ ATTENTIONS = {
     ),
     "latent": LatentAttention(num_heads=2, q_rank=6, kv_rank=6, nope_dim=4, rope_dim=4, value_dim=6),
 }
+SHARED_HEADS = {
+    "one key head": GroupedQueryAttention(
+        num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True, out_bias=True, qk_norm="head"
+    ),
+    "windows and sinks": GroupedQueryAttention(num_heads=4, num_kv_heads=4, head_dim=8, windows=(4, 0), sinks=True),
+    "latent": LatentAttention(num_heads=4, q_rank=6, kv_rank=6, nope_dim=4, rope_dim=4, value_dim=6),
+}
+"""The same in what tensor ranks can share."""
 PARTIAL = {
     False: TopK(capacity_factor=0.8),
     True: TopK(noise="gaussian", noise_scale=0.5, balance=Balance(weight=1.0, scope="sequence")),
@@ -68,6 +81,16 @@ def name_of(layout: Parallel) -> str:
     """The sizes that are not their defaults."""
     sizes = {name: getattr(layout, name) for name in ("replicate", "shard", "expert", "context", "tensor", "pipeline")}
     return " ".join([*(f"{name}={size}" for name, size in sizes.items() if size > 1), layout.dispatch])
+
+
+def shaped(run: Run, layout: Parallel, attention: str, documents: bool = True) -> Run:
+    """A run with this attention; for tensor ranks with heads that they can share, a dense layer and a shared expert."""
+    attentions = SHARED_HEADS if layout.tensor > 1 else ATTENTIONS
+    moe = run.model.moe
+    if layout.tensor > 1:
+        assert moe is not None
+        moe = replace(moe, shared_hidden=12, shared_gate=True, first_dense=1)
+    return replace(run, model=replace(run.model, moe=moe, attention=attentions[attention], document_mask=documents))
 
 
 def compare(run: Run, ranks: Ranks, alone: Ranks) -> dict[str, float]:
@@ -92,7 +115,7 @@ def compare(run: Run, ranks: Ranks, alone: Ranks) -> dict[str, float]:
 def single_precision(started: Ranks) -> dict[str, dict[str, float | str]]:
     """20 steps in float32 of every layout × accumulation × recomputation, clipped; and 3 in bfloat16."""
     alone, rows = Ranks(0, 1, started.device), {}
-    base = run_of(ROUTERS["global"], ROWS, False)
+    base = shaped(run_of(ROUTERS["global"], ROWS, False), Parallel(tensor=2), "one key head")
     base = replace(base, train=replace(base.train, clip_norm=1.0, optimizer=AdamW(lr=1e-3), steps=LONG))
     for precision, count in (("float32", LONG), ("bfloat16", 3)):
         run = replace(base, train=replace(base.train, precision=precision))
@@ -139,16 +162,16 @@ def main() -> None:
             ("cut rows" if layout.context > 1 else "drops", ("", "latent", False), 2, False),
         ]:
             run = run_of(ROUTERS.get(router) or PARTIAL[layout.context > 1], 1, recompute)
-            run = replace(run, model=replace(run.model, attention=ATTENTIONS[attention], document_mask=documents))
+            run = shaped(run, layout, attention, documents)
             ranks = ranks or started.arranged(resolve(replace(run, parallel=layout), started.world_size))
             micro_rows = ROWS // ranks.layout.data_ranks // parts
             train = replace(run.train, micro_rows=micro_rows, clip_norm=0.5 if parts == 2 else 0.0)
             run = replace(run, parallel=layout, train=train)
             rows[f"{name_of(layout)} {name} parts={parts} recompute={recompute}"] = compare(run, ranks, alone)
         assert ranks is not None
-        run = run_of(TopK(balance=Balance(weight=1.0, scope="global")), 3, False)
+        run = shaped(run_of(TopK(balance=Balance(weight=1.0, scope="global")), 3, False), layout, "one key head")
         with TemporaryDirectory() as folder:
-            expected = health(run_of(run.model.moe.router, ROWS, False), alone, Path(folder) / "alone")
+            expected = health(replace(run, train=replace(run.train, micro_rows=ROWS)), alone, Path(folder) / "alone")
             run = replace(run, parallel=layout, train=replace(run.train, micro_rows=ROWS // ranks.layout.data_ranks))
             ours = health(run, ranks, Path(ranks.broadcast(folder)) / "ours")
             rows[f"{name_of(layout)} health"] = {"health": difference(ours, expected)}

@@ -1,6 +1,6 @@
-"""Rows in parts: every router against itself on whole rows; the rules of parallel.context and the words of its refusals.
+"""Rows in parts: every router against itself on whole rows; the rules of parallel.context and tensor, and their refusals.
 
-Attention over parts is compared with one process by layout_cases.py, which needs several processes.
+Attention over parts, and matrices over ranks, are compared with one process by layout_cases.py, which needs several processes.
 """
 
 from collections.abc import Iterator
@@ -163,6 +163,46 @@ CONTEXT = ("parallel.context=2", "train.batch_rows=4", "train.micro_rows=4")
 def test_what_parts_of_rows_cannot_do_is_refused_by_name(tmp_path, overrides, message):
     with pytest.raises(ConfigError) as caught:
         resolve(tiny_run(tmp_path, *CONTEXT, *overrides), 2)
+    assert message in str(caught.value)
+    assert "use" in str(caught.value)
+
+
+TENSOR = ("parallel.tensor=2", "train.batch_rows=4", "train.micro_rows=4")
+LATENT = (
+    "model.attention=latent",
+    *(f"model.attention.{f}" for f in ("kv_rank=7", "nope_dim=4", "rope_dim=4", "value_dim=4")),
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.attention.num_heads=3", "model.attention.num_kv_heads=3"],
+            "num_heads (3) must be divisible by parallel.tensor (2)",
+        ),
+        (
+            ["model.attention.num_heads=4", "model.attention.num_kv_heads=1"],
+            "num_kv_heads (1) must be divisible by parallel.tensor (2): use num_kv_heads=2 or parallel.tensor=1",
+        ),
+        (["model.moe.shared_hidden=9"], "model.moe.shared_hidden (9) must be divisible by parallel.tensor (2): use 10"),
+        (
+            ["model.moe=null", "model.ffn_hidden=33"],
+            "model.ffn_hidden of block 0 (33) must be divisible by parallel.tensor (2)",
+        ),
+        (["model.attention.qk_norm=full"], "qk_norm=full is over all 4 heads at once, and parallel.tensor (2)"),
+        (
+            ["parallel.shard=2", *LATENT, "model.attention.num_heads=4"],
+            "kv_rank (7) must be divisible by shard · context (2)",
+        ),
+        (["train.compile=true"], "train.compile (true) does not go with a model spread over ranks (tensor=2"),
+    ],
+)
+def test_what_cannot_be_cut_over_tensor_ranks_is_refused_by_name(tmp_path, overrides, message):
+    heads = ("model.attention.num_heads=4", "model.attention.num_kv_heads=2") if LATENT[0] not in overrides else ()
+    run = tiny_run(tmp_path, *TENSOR, *heads, *overrides)
+    with pytest.raises(ConfigError) as caught:
+        resolve(run, 2 * run.parallel.shard)
     assert message in str(caught.value)
     assert "use" in str(caught.value)
 

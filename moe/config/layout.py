@@ -8,6 +8,7 @@ sharded over shard · context ranks and copied over replicate. Experts: the rank
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moe.config.cuts import cut_heads, cut_matrices, cut_rows
 from moe.config.schema import Model, Run, expert_widths
 from moe.config.words import joined
 from moe.errors import ConfigError
@@ -90,7 +91,11 @@ def resolve(run: Run, world_size: int) -> Layout:
     )
     problems = [*_unsupported(run, layout), *_batch(run, layout)]
     if layout.context > 1:
-        problems += _context(run, layout.context)
+        problems += cut_rows(run, layout.context)
+    if layout.context > 1 or layout.tensor > 1:
+        problems += cut_heads(run, layout.context, layout.tensor)
+    if layout.tensor > 1:
+        problems += cut_matrices(run, layout.tensor, layout.dense_shards)
     if run.model.moe is not None and layout.expert > 1:
         problems += [*_expert_ranks(layout), *_experts(run.model, layout)]
     if run.model.moe is None and layout.expert > 1:
@@ -177,40 +182,11 @@ def _experts(model: Model, layout: Layout) -> Iterator[str]:
         )
 
 
-def _context(run: Run, context: int) -> Iterator[str]:
-    """Rows and heads are cut into equal parts, and nothing may look at a whole row but attention."""
-    length, heads, logging = run.data.sequence_length, run.model.attention.num_heads, run.logging
-    if length % context:
-        yield (
-            f"data.sequence_length ({length}) must be divisible by parallel.context ({context}): "
-            f"use data.sequence_length={-(-length // context) * context}{_or_divisor(length, context)}"
-        )
-    if heads % context:
-        yield (
-            f"model.attention.num_heads ({heads}) must be divisible by parallel.context ({context}), whose ranks share the "
-            f"heads: use num_heads={-(-heads // context) * context}{_or_divisor(heads, context)}"
-        )
-    reason = run.model.moe.router.whole_rows(part=length // context) if run.model.moe is not None else ""
-    if reason:
-        yield (
-            f"parallel.context ({context}) cuts each row into parts, and the router needs whole rows: {reason}, "
-            "or parallel.context=1"
-        )
-    for name in ("record_routing", "replay_routing"):
-        if getattr(logging, name):
-            yield f"logging.{name} needs whole rows, and parallel.context is {context}: use context=1"
-
-
-def _or_divisor(number: int, most: int) -> str:
-    divisors = [n for n in range(2, most) if number % n == 0]
-    return f" or parallel.context={max(divisors)}" if divisors else " or parallel.context=1"
-
-
 def _unsupported(run: Run, layout: Layout) -> Iterator[str]:
     """Combinations that are not built, by name."""
-    for name in ("tensor", "pipeline"):
+    for name in ("pipeline",):
         if getattr(layout, name) > 1:
             yield f"parallel.{name} ({getattr(layout, name)}) is not available yet: use parallel.{name}=1 and shard"
-    sharded = layout.shard > 1 or layout.expert > 1 or layout.context > 1
+    sharded = max(layout.shard, layout.expert, layout.context, layout.tensor) > 1
     if run.train.compile and sharded:
         yield f"train.compile (true) does not go with a model spread over ranks ({layout.describe()}): use compile=false"

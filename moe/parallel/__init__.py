@@ -6,6 +6,7 @@ parts      what a rank holds of a parameter
 placement  which rank holds which experts, by load
 exchange   tokens to the ranks that hold their experts, and back
 ulysses    tokens for heads, between the ranks that share a row
+tensor     matrices of attention and dense layers, over the ranks that share them
 watch      what every rank is doing, and the end of a run in which one does not come
 """
 

@@ -17,6 +17,8 @@ class Mesh:
     """Ranks that hold the same parameters, or parts of them, and see other tokens."""
     dense: DeviceMesh
     """[replicate, shard · context], or [shard · context] for one copy: where dense parameters are sharded."""
+    tensor: DeviceMesh
+    """Ranks that share matrices and see the same tokens."""
     context: dist.ProcessGroup
     """Ranks that hold the parts of the same rows, in the order of the parts."""
     experts: DeviceMesh
@@ -58,6 +60,7 @@ def build(layout: Layout, device: torch.device) -> Mesh:
     return Mesh(
         tokens=tokens,
         dense=dense["replicate", "shard"] if layout.replicate > 1 else dense["shard"],
+        tensor=dense["tensor"],
         context=rows.get_group("context"),
         experts=experts["expert_replicate", "expert_shard", "expert"],
     )

@@ -237,8 +237,9 @@ class _Probe:
 
 
 def _mean_square(weight: Tensor, state: State) -> float:
-    """Mean square of a parameter, of which ranks may hold parts."""
-    total = state.ranks.sum(part_here(weight).double().square().sum() / copies(weight, state.ranks))
+    """Mean square of a parameter of experts, of which ranks may hold parts; tensor ranks are not summed over and hold the same."""
+    held = copies(weight, state.ranks) // state.ranks.layout.tensor
+    total = state.ranks.sum(part_here(weight).double().square().sum() / held)
     return float(total) / weight.numel()
 
 

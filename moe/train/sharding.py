@@ -21,6 +21,7 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -29,10 +30,12 @@ from moe.config.schema import Run
 from moe.experts import Experts
 from moe.init import materialise
 from moe.model import Transformer
+from moe.moe_layer import SwiGLU
 from moe.parallel import Ranks
 from moe.parallel.exchange import Exchange
 from moe.parallel.parts import part_here
 from moe.parallel.ranks import sum_in_buckets
+from moe.parallel.tensor import other_dim, share_heads, share_hidden
 from moe.parallel.ulysses import Ulysses
 from moe.routing import Router
 
@@ -54,7 +57,7 @@ def build_model(run: Run, ranks: Ranks, *, dtype: torch.dtype | None = None) -> 
         recompute=train.activation_checkpointing,
         loss_chunk=train.loss_chunk,
     )
-    if layout.shard == 1 and layout.expert == 1:
+    if layout.shard == layout.expert == layout.tensor == 1:
         model = build()
         share_rows(model, ranks)
         return (model.to(dtype) if dtype is not None else model).to(ranks.device)
@@ -82,6 +85,8 @@ def spread(model: Transformer, run: Run, ranks: Ranks) -> None:
     """Cut a model that has no memory yet over the ranks of its layout."""
     layout, mesh = ranks.layout, ranks.mesh
     assert mesh is not None
+    if layout.tensor > 1:
+        _share_matrices(model, mesh.tensor)
     if layout.expert > 1:
         group = mesh.expert_axis.get_group()
         for _, layer in model.moe_layers():
@@ -92,6 +97,17 @@ def spread(model: Transformer, run: Run, ranks: Ranks) -> None:
             )
     if layout.shard > 1:
         _shard(model, run, ranks)
+
+
+def _share_matrices(model: Transformer, mesh: DeviceMesh) -> None:
+    """Cut attention and dense feed-forward layers, shared experts among them, over the ranks of `tensor`."""
+    for module in model.modules():
+        if isinstance(module, GroupedQuery | Latent):
+            share_heads(module, mesh, latent=isinstance(module, Latent))
+        if isinstance(module, Latent):
+            module.tensor = mesh
+        if isinstance(module, SwiGLU):
+            share_hidden(module, mesh)
 
 
 def _take_experts(experts: Experts, axis) -> None:
@@ -131,7 +147,7 @@ def _shard(model: Transformer, run: Run, ranks: Ranks) -> None:
         else:
             whole |= set(layer.experts.parameters())
     for block in model.layers:
-        fully_shard(block, mesh=mesh.dense, mp_policy=policy, ignored_params=whole)
+        fully_shard(block, mesh=mesh.dense, mp_policy=policy, ignored_params=whole, shard_placement_fn=other_dim)
     fully_shard(model, mesh=mesh.dense, mp_policy=policy, ignored_params=whole)
     blocks = [block for block in model.layers if isinstance(block, FSDPModule)]
     for block, after in pairwise(blocks):
@@ -163,16 +179,26 @@ def _experts_dim(experts: Experts, parts: int, parameter: nn.Parameter) -> Shard
     return _hidden_dim(experts, parameter)
 
 
+def _norms_of_heads(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Norms of which each head is given its own."""
+    for module in model.modules():
+        if isinstance(module, GroupedQuery):
+            yield from (norm.weight for norm in (module.query_norm, module.key_norm) if norm is not None)
+
+
 def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
     """Sum the gradients that FSDP2 does not: of parameters that are held whole, and of whole experts on a few ranks."""
     if ranks.world_size == 1:
         return
     whole, experts = [], []
+    if ranks.layout.tensor > 1 and ranks.mesh is not None:
+        # each rank has applied these norms to its own heads
+        sum_in_buckets([p.grad for p in _norms_of_heads(model) if p.grad is not None], ranks.mesh.tensor.get_group())
     for parameter in model.parameters():
-        if not isinstance(parameter, DTensor):
+        if not isinstance(parameter, DTensor) or parameter.device_mesh.mesh_dim_names == ("tensor",):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            whole.append(parameter.grad)
+            whole.append(part_here(parameter.grad))
         elif parameter.device_mesh.mesh_dim_names == ("expert",):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
