@@ -167,6 +167,7 @@ def test_what_parts_of_rows_cannot_do_is_refused_by_name(tmp_path, overrides, me
     assert "use" in str(caught.value)
 
 
+HEADS = ("model.attention.num_heads=4", "model.attention.num_kv_heads=2")
 TENSOR = ("parallel.tensor=2", "train.batch_rows=4", "train.micro_rows=4")
 LATENT = (
     "model.attention=latent",
@@ -199,7 +200,8 @@ LATENT = (
     ],
 )
 def test_what_cannot_be_cut_over_tensor_ranks_is_refused_by_name(tmp_path, overrides, message):
-    heads = ("model.attention.num_heads=4", "model.attention.num_kv_heads=2") if LATENT[0] not in overrides else ()
+    named = {override.split("=")[0] for override in overrides}
+    heads = [f for f in HEADS if f.split("=")[0] not in named and LATENT[0] not in overrides]
     run = tiny_run(tmp_path, *TENSOR, *heads, *overrides)
     with pytest.raises(ConfigError) as caught:
         resolve(run, 2 * run.parallel.shard)
