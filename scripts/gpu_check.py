@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("kernels", "tests/kernels_interpreted")]
 
 import gpu_correct  # noqa: E402
+import gpu_layouts  # noqa: E402
 import gpu_speed  # noqa: E402
 import torch  # noqa: E402
 from gpu_page import markdown  # noqa: E402
@@ -34,6 +35,7 @@ STAGES: dict[str, Stage] = {
     "parity": gpu_correct.parity,
     "races": gpu_correct.races,
     "graph": gpu_correct.graph,
+    "layouts": gpu_layouts.layouts,
     "bench": gpu_speed.bench,
     "product": gpu_speed.product,
     "kernels": gpu_speed.kernels,
