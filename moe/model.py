@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe.attention import GroupedQuery, KeyValue, Latent, RMSNorm, RotaryEmbedding, attention_mask
-from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer, layer_experts
+from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer
 from moe.init import initialise, off_meta
 from moe.loss import IGNORE, chunked_cross_entropy
 from moe.moe_layer import Linear, MoELayer, SwiGLU
@@ -39,9 +39,12 @@ class Output:
     losses: dict[str, Tensor]
     """Auxiliary losses by name, means over the expert layers, unweighted."""
     objective: Tensor | None
-    """What to differentiate: loss plus the weighted auxiliary losses."""
+    """What to differentiate: loss plus the weighted auxiliary losses; of a stage that is not the last, the float32 sum of the
+    auxiliary losses so far."""
     routing: tuple[LayerRouting, ...]
     """One entry per expert layer, in order."""
+    hidden_BSD: Tensor | None = None
+    """What goes to the next stage of a pipeline; None at the last."""
 
 
 class Block(nn.Module):
@@ -59,8 +62,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = self.moe = None
         if is_moe_layer(config, layer):
+            assert config.moe is not None
             self.moe = MoELayer(
-                layer_experts(config, layer),
+                config.moe,
                 config.dim,
                 layer=layer,
                 seed=seed,
@@ -93,7 +97,8 @@ class Transformer(nn.Module):
 
     `recompute` keeps only block inputs and the routing decision for backward (activation checkpointing). With a `context`
     (moe/train/sharding.py sets it) each rank gets its part of every row. `loss_chunk` is the number of tokens whose logits
-    exist at once when a loss is asked for; 0: all.
+    exist at once when a loss is asked for; 0: all. `blocks` makes it a stage of a pipeline, which holds these blocks only,
+    under the names that they have in the whole model; the first stage holds the embedding too, the last the norm and the head.
     """
 
     def __init__(
@@ -104,21 +109,27 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         recompute: bool = False,
         loss_chunk: int = 0,
+        blocks: range | None = None,
     ):
         super().__init__()
         self.config, self.dtype, self.recompute, self.loss_chunk = config, dtype, recompute, loss_chunk
         self.context: Ulysses | None = None
+        self.blocks = blocks if blocks is not None else range(config.num_layers)
+        self.num_moe_layers = sum(is_moe_layer(config, layer) for layer in range(config.num_layers))
+        first, last = self.blocks.start == 0, self.blocks.stop == config.num_layers
         attention = config.attention
         grouped = isinstance(attention, GroupedQueryAttention)
         rotated_dim = round(attention.head_dim * config.rotary.fraction) if grouped else attention.rope_dim
         self.windows = attention.windows if grouped else (0,)
         residual_scale = self._residual_scale()
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = nn.Embedding(config.vocab_size, config.dim) if first else None
         with off_meta():
             self.rotary = RotaryEmbedding(config.rotary, rotated_dim)
-        self.layers = nn.ModuleList(Block(config, layer, seed, residual_scale) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = None if config.tied_head else Linear(config.dim, config.vocab_size, bias=False)
+        self.layers = nn.ModuleList()
+        for layer in self.blocks:
+            self.layers.add_module(str(layer), Block(config, layer, seed, residual_scale))
+        self.norm = RMSNorm(config.dim, config.norm_eps) if last else None
+        self.head = Linear(config.dim, config.vocab_size, bias=False) if last and not config.tied_head else None
         initialise(self, seed=seed, std=config.init_std, residual_scale=residual_scale, skip=".moe.")
 
     def forward(
@@ -130,12 +141,15 @@ class Transformer(nn.Module):
         step_targets: Tensor | None = None,
         replay: tuple[Selection, ...] | None = None,
         cache: tuple[KeyValue, ...] | None = None,
+        hidden_BSD: Tensor | None = None,
+        auxiliary: Tensor | None = None,
     ) -> Output:
         """Run the model on ids_BS [B, S] int64.
 
         targets_BS [B, S] (IGNORE for none) asks for the loss: the sum over targets divided by `step_targets`, the number of
         targets of the whole optimizer step (default: of this batch). `replay` has one selection per expert layer. `cache`, one
-        entry per layer, holds the tokens before ids_BS and is extended by it.
+        entry per layer, holds the tokens before ids_BS and is extended by it. A stage of a pipeline goes on from the hidden
+        states [B, S, D] and the auxiliary losses of the stage before.
         """
         past = cache[0].length if cache is not None else 0
         first = past if self.context is None else self.context.first(ids_BS.shape[1])
@@ -147,27 +161,42 @@ class Transformer(nn.Module):
             position_S = torch.arange(ids_BS.shape[1] * self.context.ranks, device=ids_BS.device)
             document_BS = self.context.whole(document_BS) if document_BS is not None else None
         masks = {window: attention_mask(position_S, document_BS, window, past) for window in set(self.windows)}
-        x_BSD = self.embedding(ids_BS).to(self.dtype)
+        x_BSD = self.embedding(ids_BS).to(self.dtype) if self.embedding is not None else hidden_BSD
+        assert x_BSD is not None, "a stage that is not the first goes on from hidden states"
         routings: list[tuple[int, Routing]] = []
-        for layer, block in enumerate(self.layers):
+        for layer, block in zip(self.blocks, self.layers, strict=True):
             forced = replay[len(routings)] if replay is not None and block.moe is not None else None
             run = partial(_recomputed, block) if self.recompute and torch.is_grad_enabled() else block
             mask = masks[self.windows[layer % len(self.windows)]]
             x_BSD, routing = run(x_BSD, cos_sin, mask, tokens, forced, cache[layer] if cache is not None else None)
             if routing is not None:
                 routings.append((layer, routing))
-        x_BSD = self.norm(x_BSD)
-        losses, auxiliary = _mean_losses([routing for _, routing in routings])
+        losses, here = self._mean_losses([routing for _, routing in routings])
+        weighted = here if auxiliary is None else auxiliary + here
         reports = tuple(LayerRouting(layer, routing.statistics, routing.selection) for layer, routing in routings)
+        if self.norm is None:
+            so_far = torch.as_tensor(weighted, dtype=torch.float32, device=x_BSD.device)
+            return Output(None, None, losses, so_far, reports, x_BSD)
+        x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return Output(self._logits(x_BSD), None, losses, None, reports)
         count = step_targets if step_targets is not None else (targets_BS != IGNORE).sum()
         loss = self._sum_of_losses(x_BSD.flatten(0, 1), targets_BS.flatten()) / count.clamp(min=1)
-        return Output(None, loss, losses, loss + auxiliary, reports)
+        return Output(None, loss, losses, loss + weighted, reports)
+
+    def _mean_losses(self, routings: list[Routing]) -> tuple[dict[str, Tensor], Tensor | float]:
+        """Each auxiliary loss's mean over the model's expert layers, and their weighted sum; a stage's part of both."""
+        means, auxiliary = _mean_losses(routings)
+        if len(routings) == self.num_moe_layers:
+            return means, auxiliary
+        share = len(routings) / self.num_moe_layers
+        return {name: mean * share for name, mean in means.items()}, auxiliary * share
 
     @property
     def _head_weight(self) -> Tensor:
-        return self.embedding.weight if self.head is None else self.head.weight
+        owner = self.embedding if self.head is None else self.head
+        assert owner is not None
+        return owner.weight
 
     def _sum_of_losses(self, x_TD: Tensor, targets_T: Tensor) -> Tensor:
         if self.loss_chunk:
@@ -187,7 +216,8 @@ class Transformer(nn.Module):
 
     def moe_layers(self) -> list[tuple[int, MoELayer]]:
         """(block index, layer) of every expert layer, in order."""
-        return [(i, block.moe) for i, block in enumerate(self.layers) if isinstance(block.moe, MoELayer)]
+        pairs = zip(self.blocks, self.layers, strict=True)
+        return [(i, block.moe) for i, block in pairs if isinstance(block.moe, MoELayer)]
 
 
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:

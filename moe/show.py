@@ -11,18 +11,9 @@ from rich.table import Table
 from moe import cost
 from moe.config.layout import Layout, resolve
 from moe.config.load import dump, resolve_router, router_name
-from moe.config.schema import (
-    GroupedQueryAttention,
-    Model,
-    Run,
-    balances,
-    expert_widths,
-    ffn_hidden,
-    is_moe_layer,
-    layer_experts,
-)
+from moe.config.schema import GroupedQueryAttention, Model, Run, balances, expert_widths, ffn_hidden, is_moe_layer
 from moe.config.words import dotted, typed
-from moe.cost.shares import needs_first_pass, stage_blocks, stage_parameters
+from moe.cost.shares import needs_first_pass, stage_parameters
 
 MIN_WIDTH = 110
 """Columns below which the table of layers would break its cells."""
@@ -131,7 +122,7 @@ def _layout(run: Run, layout: Layout) -> list[tuple[str, str]]:
     """Sizes, and where each group of parameters is; nothing for one rank."""
     if layout.world_size == 1:
         return []
-    held = [part for blocks in stage_blocks(run.model.num_layers, 1) for part in stage_parameters(run.model, blocks)]
+    held = stage_parameters(run.model, range(run.model.num_layers))
     matrices, whole, experts = (sum(getattr(part, name) for part in held) for name in ("matrices", "whole", "experts"))
     copies = layout.stage_ranks // (layout.tensor * layout.dense_shards)
     stages = f"; blocks of {layout.pipeline} stages" if layout.pipeline > 1 else ""
@@ -144,6 +135,9 @@ def _layout(run: Run, layout: Layout) -> list[tuple[str, str]]:
         ),
         ("norms, biases, routers", f"{_number(whole)}: whole on every rank, in float32{stages}"),
     ]
+    if layout.pipeline > 1:
+        blocks = ", ".join(f"{held.start}-{held.stop - 1}" for held in cost.stages_of(run, layout))
+        rows.insert(1, ("blocks of the stages", f"{blocks}; schedule {run.parallel.pipeline_schedule}"))
     if experts:
         cuts = {"expert": layout.expert, "expert_shard": layout.expert_shard}
         rows.append(("experts", _placed(experts, cuts, layout.expert_replicate) + stages))
@@ -192,7 +186,7 @@ def _layers(run: Run) -> Table:
             _attention(run.model, layer),
             _feed_forward(run.model, layer),
             _number(sum(counts[layer].values())),
-            _number(sum(counts[layer].values()) - _idle(run.model, layer, counts[layer])),
+            _number(sum(counts[layer].values()) - _idle(run.model, counts[layer])),
             _number(sum(flops[layer].values())),
         )
         for layer in range(run.model.num_layers)
@@ -213,9 +207,9 @@ def _attention(model: Model, layer: int) -> str:
 
 
 def _feed_forward(model: Model, layer: int) -> str:
-    if not is_moe_layer(model, layer):
+    moe = model.moe
+    if moe is None or not is_moe_layer(model, layer):
         return f"dense {ffn_hidden(model, layer)}"
-    moe = layer_experts(model, layer)
     shared = f" + shared {moe.shared_hidden}{' gated' if moe.shared_gate else ''}" if moe.shared_hidden else ""
     latent = f" in latent {moe.latent_dim}" if moe.latent_dim else ""
     widths = expert_widths(moe)
@@ -223,13 +217,10 @@ def _feed_forward(model: Model, layer: int) -> str:
     return f"{moe.top_k} of {moe.num_experts} experts of {width}{latent}{shared}"
 
 
-def _idle(model: Model, layer: int, counts: dict[str, int]) -> int:
+def _idle(model: Model, counts: dict[str, int]) -> int:
     """Parameters of the experts that a token does not use; of mean width, where they differ."""
-    experts = counts.get("experts", 0)
-    if not experts:
-        return 0
-    moe = layer_experts(model, layer)
-    return experts - round(moe.top_k * experts / moe.num_experts)
+    moe, experts = model.moe, counts.get("experts", 0)
+    return experts - round(moe.top_k * experts / moe.num_experts) if moe is not None else 0
 
 
 def _number(value: float) -> str:

@@ -29,6 +29,7 @@ from lab import (
     kept_bytes,
     losses,
     parameters,
+    passes,
     place,
     placed,
     printed,
@@ -365,7 +366,6 @@ EFFECTS: dict[str, Effect] = {
     "model.moe.backend": Effect(calls, "reference", "torch"),
     "model.moe.precision": Effect(losses, "native", "fp8_row", ("model.moe.backend=reference",)),
     "model.moe.first_dense": Effect(parameters, 0, 1),
-    "model.moe.num_experts_per_layer": Effect(parameters, [], [4, 3]),
     "model.moe.every": Effect(parameters, 1, 2),
     # routers
     "model.moe.router[expert_choice]": Effect(losses, "expert_choice", "topk"),
@@ -491,6 +491,10 @@ EFFECTS: dict[str, Effect] = {
     "parallel.context": Effect(spread_over_eight, 1, 2, EIGHT),
     "parallel.tensor": Effect(spread_over_eight, 1, 2, EIGHT),
     "parallel.pipeline": Effect(spread_over_eight, 1, 2, EIGHT),
+    "parallel.pipeline_schedule": Effect(passes, "gpipe", "1f1b"),
+    "parallel.pipeline_blocks": Effect(
+        spread_over_eight, (1, 2), (2, 1), (*EIGHT, "parallel.pipeline=2", "model.num_layers=3")
+    ),
     "parallel.dispatch": Effect(travellers, "deduplicated", "rows"),
     "parallel.dispatch_capacity_factor": Effect(travellers, 1.0, 2.0, ("parallel.dispatch=capacity",)),
     "parallel.placement": Effect(placed, "index", "load", ("parallel.expert=2", *EIGHT)),

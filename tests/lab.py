@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe import parallel
-from moe.config.layout import resolve
+from moe.config.layout import Layout, resolve
 from moe.config.load import load
 from moe.config.schema import Run
 from moe.data import prepare
@@ -33,11 +33,13 @@ from moe.experts import BACKENDS
 from moe.model import Transformer
 from moe.parallel import Ranks
 from moe.parallel.exchange import Exchange
+from moe.parallel.mesh import build
+from moe.parallel.pipeline import Pipeline
 from moe.routing import Routing, Selection, fixed_offsets, plan
 from moe.train import train
 from moe.train.placing import place_by_load
 from moe.train.record import default_out
-from moe.train.sharding import spread
+from moe.train.sharding import blocks_of, spread
 from moe.train.step import micro_ranges
 
 
@@ -266,7 +268,7 @@ def spread_over_eight(lab: Lab, run: Run) -> Any:
             return str(error)
         ranks = Ranks(5, 8, torch.device("cpu")).arranged(layout)
         with torch.device("meta"):
-            model = Transformer(run.model)
+            model = Transformer(run.model, blocks=blocks_of(run, ranks))
         spread(model, run, ranks)
         held = {name: _held(parameter).numel() for name, parameter in model.named_parameters()}
         return held, micro_ranges(run, ranks)
@@ -276,6 +278,26 @@ def spread_over_eight(lab: Lab, run: Run) -> Any:
 
 def _held(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def passes(lab: Lab, run: Run) -> str:
+    """The forward (F) and backward (B) passes of the last stage over four micro-batches, in their order; it is the only one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        device = torch.device("cpu")
+        ranks = Ranks(0, 1, device, mesh=build(Layout(), device))
+        weight, order = torch.ones((), requires_grad=True), []
+
+        def call() -> torch.Tensor:
+            order.append("F")
+            objective = weight * 2
+            objective.register_hook(lambda grad: order.append("B"))
+            return objective
+
+        Pipeline(run.parallel.pipeline_schedule, ranks).step([call] * 4, torch.empty(3))
+        return "".join(order)
+    finally:
+        dist.destroy_process_group()
 
 
 def travellers(lab: Lab, run: Run) -> Any:

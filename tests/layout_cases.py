@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import Mock, patch
 
+import pipeline_cases
 import torch
 from rank_cases import ROUTERS, ROWS, difference, health, run_of, steps
 
@@ -176,6 +177,7 @@ def main() -> None:
             ours = health(run, ranks, Path(ranks.broadcast(folder)) / "ours")
             rows[f"{name_of(layout)} health"] = {"health": difference(ours, expected)}
             ranks.wait_for_all()
+    rows |= pipeline_cases.cases(started)
     if started.first:
         json.dump(rows, sys.stdout)
     parallel.stop()

@@ -85,9 +85,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, pytest.param("two stages", marks=pytest.mark.full)])
 def test_the_smoke_run_agrees_in_float32(layout, single, tmp_path):
-    ranks, overrides = LAYOUTS[layout]
+    ranks, overrides = LAYOUTS.get(layout, (2, ["parallel.pipeline=2", "train.micro_rows=4"]))
     runs = {"free": [], "replayed": [f"logging.replay_routing={single / 'replay'}"]}
     expected, expected_end = logged(single), logged(single, "evals")[-1]["loss"]
     for name, extra in runs.items():

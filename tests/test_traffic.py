@@ -16,7 +16,8 @@ from moe.config.layout import Layout
 from moe.config.schema import AdamW, Balance, Data, GroupedQueryAttention, Model, MoE, Parallel, Run, Train
 from moe.cost import memory_bytes, parameters
 from moe.cost.memory import stage_memory
-from moe.cost.shares import needs_first_pass, parameters_per_rank, stage_blocks, stage_parameters
+from moe.cost.shares import needs_first_pass, parameters_per_rank, stage_parameters
+from moe.cost.stages import stages_of
 from moe.cost.traffic import expected_groups, sent_bytes, traffic
 from moe.routers.topk import Config as TopK
 
@@ -68,8 +69,7 @@ def test_one_process_sends_nothing():
 
 def test_the_shares_of_all_ranks_make_the_whole_model():
     run = run_of()
-    (blocks,) = stage_blocks(3, 1)
-    held = stage_parameters(run.model, blocks)
+    held = stage_parameters(run.model, range(3))
     assert sum(part.matrices + part.whole + part.experts for part in held) == parameters(run.model).total
     assert sum(part.whole for part in held) == WHOLE
     spread = Layout(replicate=2, shard=4, expert=2)
@@ -78,9 +78,8 @@ def test_the_shares_of_all_ranks_make_the_whole_model():
 
 
 def test_pipeline_stages_share_the_blocks_and_hold_each_end_once():
-    assert stage_blocks(7, 3) == (range(3), range(3, 5), range(5, 7))
     run = run_of()
-    stages = [stage_parameters(run.model, blocks) for blocks in stage_blocks(3, 2)]
+    stages = [stage_parameters(run.model, blocks) for blocks in stages_of(run, Layout(pipeline=2))]
     total = sum(part.matrices + part.whole + part.experts for stage in stages for part in stage)
     assert total == parameters(run.model).total
 

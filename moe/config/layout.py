@@ -89,7 +89,7 @@ def resolve(run: Run, world_size: int) -> Layout:
         pipeline=parallel.pipeline,
         expert=parallel.expert,
     )
-    problems = [*_unsupported(run, layout), *_batch(run, layout)]
+    problems = [*_unsupported(run, layout), *_batch(run, layout), *_stages(run, layout)]
     if layout.context > 1:
         problems += cut_rows(run, layout.context)
     if layout.context > 1 or layout.tensor > 1:
@@ -151,12 +151,7 @@ def _expert_ranks(layout: Layout) -> Iterator[str]:
 def _experts(model: Model, layout: Layout) -> Iterator[str]:
     moe, expert = model.moe, layout.expert
     assert moe is not None
-    if len(set(moe.num_experts_per_layer)) > 1:
-        yield (
-            f"parallel.expert ({expert}) needs as many experts in every layer, and model.moe.num_experts_per_layer has from "
-            f"{min(moe.num_experts_per_layer)} to {max(moe.num_experts_per_layer)}: use parallel.shard to spread them"
-        )
-    elif moe.num_experts % expert:
+    if moe.num_experts % expert:
         more = -(-moe.num_experts // expert) * expert
         divisors = [n for n in range(2, layout.stage_ranks + 1) if moe.num_experts % n == 0]
         other = f" or parallel.expert={max(divisors)}" if divisors else " or parallel.expert=1"
@@ -182,11 +177,53 @@ def _experts(model: Model, layout: Layout) -> Iterator[str]:
         )
 
 
+def _stages(run: Run, layout: Layout) -> Iterator[str]:
+    """Every stage has blocks, and enough micro-batches to work on at the same time."""
+    train, given, stages = run.train, run.parallel.pipeline_blocks, layout.pipeline
+    blocks = run.model.num_layers
+    if given and (len(given) != stages or sum(given) != blocks):
+        yield (
+            f"parallel.pipeline_blocks {list(given)} must be {stages} numbers, one per stage (parallel.pipeline), that add up "
+            f"to model.num_layers ({blocks}): use parallel.pipeline_blocks=[] for a split by cost"
+        )
+    if stages == 1:
+        return
+    if stages > blocks:
+        yield f"parallel.pipeline ({stages}) must be at most model.num_layers ({blocks}): use pipeline={blocks} and shard"
+    micro_batches = train.batch_rows // (train.micro_rows * layout.data_ranks)
+    if micro_batches < stages:
+        rows = stages * train.micro_rows * layout.data_ranks
+        smaller = train.batch_rows // (stages * layout.data_ranks)
+        other = (
+            f", or train.micro_rows={smaller}"
+            if smaller and train.batch_rows % (smaller * layout.data_ranks) == 0
+            else ""
+        )
+        yield (
+            f"train.batch_rows ({train.batch_rows}) / (micro_rows ({train.micro_rows}) · ranks that see different rows "
+            f"({layout.data_ranks})) = {micro_batches} micro-batches must be at least parallel.pipeline ({stages}), so that "
+            f"all stages work at once: use train.batch_rows={rows}{other}"
+        )
+    if run.model.tied_head:
+        yield (
+            f"model.tied_head (true) is one matrix in the first and the last stage of parallel.pipeline ({stages}): "
+            "use tied_head=false, or pipeline=1 and shard"
+        )
+    if run.logging.record_routing:
+        yield (
+            f"logging.record_routing (true) writes the choices of all layers in one file, and parallel.pipeline ({stages}) "
+            "has them on several ranks: record with pipeline=1 (a recording replays on any layout)"
+        )
+    for name in ("context", "tensor"):
+        if getattr(layout, name) > 1:
+            yield (
+                f"parallel.pipeline ({stages}) does not go with parallel.{name} ({getattr(layout, name)}): use one of them "
+                "with shard or expert"
+            )
+
+
 def _unsupported(run: Run, layout: Layout) -> Iterator[str]:
     """Combinations that are not built, by name."""
-    for name in ("pipeline",):
-        if getattr(layout, name) > 1:
-            yield f"parallel.{name} ({getattr(layout, name)}) is not available yet: use parallel.{name}=1 and shard"
-    sharded = max(layout.shard, layout.expert, layout.context, layout.tensor) > 1
+    sharded = max(layout.shard, layout.expert, layout.context, layout.tensor, layout.pipeline) > 1
     if run.train.compile and sharded:
         yield f"train.compile (true) does not go with a model spread over ranks ({layout.describe()}): use compile=false"

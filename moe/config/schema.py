@@ -5,7 +5,7 @@ A class with a `name` field is one member of a family (attention, tokenizer, sou
 command line drops the old member's fields.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -156,8 +156,6 @@ class MoE:
 
     num_experts: PositiveInt
     """E, routed experts in a layer."""
-    num_experts_per_layer: tuple[PositiveInt, ...] = ()
-    """E of each expert layer in their order, when they differ, as after pruning; num_experts is then the largest of them."""
     top_k: PositiveInt
     """K, experts per token (for expert choice: on average)."""
     expert_hidden: PositiveInt
@@ -439,7 +437,12 @@ class Parallel:
     tensor: PositiveInt = 1
     """Ranks that share each matrix of attention and of dense feed-forward layers."""
     pipeline: PositiveInt = 1
-    """Ranks that hold different blocks."""
+    """Stages of consecutive blocks, each on other ranks; micro-batches pass through them one after the other."""
+    pipeline_schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    """Order of a stage's micro-batches: all forward, then all backward (arXiv 1811.06965), or a backward pass as soon as one can
+    be, so that a stage keeps the activations of at most as many micro-batches as there are stages (arXiv 2006.09503)."""
+    pipeline_blocks: tuple[PositiveInt, ...] = ()
+    """Blocks of each stage; empty for the split whose dearest stage costs the fewest FLOPs, embedding and head included."""
     dispatch: Literal["deduplicated", "rows", "capacity"] = "deduplicated"
     """What travels to other ranks' experts: each token once per rank, each routed row, or a fixed number of rows per expert
     (no size is read back from the device; rows past it are dropped and counted)."""
@@ -561,16 +564,6 @@ def is_moe_layer(model: Model, layer: int) -> bool:
     """Whether block `layer` (0-based) has experts."""
     moe = model.moe
     return moe is not None and layer >= moe.first_dense and (layer - moe.first_dense + 1) % moe.every == 0
-
-
-def layer_experts(model: Model, layer: int) -> MoE:
-    """The expert layers' settings as those of block `layer`, which has experts."""
-    moe = model.moe
-    assert moe is not None
-    if not moe.num_experts_per_layer:
-        return moe
-    place = sum(is_moe_layer(model, i) for i in range(layer))
-    return replace(moe, num_experts=moe.num_experts_per_layer[place], num_experts_per_layer=())
 
 
 def expert_dim(model: Model) -> int:

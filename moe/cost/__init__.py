@@ -2,6 +2,7 @@
 
 counting    parameters, forward and training FLOPs, per component and per layer
 shares      what one rank of a layout has to do with: blocks, tokens, parameters
+stages      the blocks of each stage of a pipeline
 traffic     bytes that a rank sends in a step, by purpose
 memory      bytes of a training step on a rank
 step_time   seconds of a step on named GPUs, predicted
@@ -24,6 +25,7 @@ from moe.cost.counting import (
     train_flops_per_token,
 )
 from moe.cost.memory import memory_bytes
+from moe.cost.stages import stage_blocks, stages_of
 from moe.cost.throughput import flops_per_step, mfu, peak_flops, tokens_per_step
 from moe.cost.twin import dense_total_twin, dense_twin, relative_difference
 
@@ -47,6 +49,8 @@ __all__ = [
     "planned_charge",
     "rates_of",
     "relative_difference",
+    "stage_blocks",
+    "stages_of",
     "tokens_per_step",
     "train_flops_per_token",
 ]

@@ -18,17 +18,16 @@ from moe.config.schema import (
     expert_widths,
     ffn_hidden,
     is_moe_layer,
-    layer_experts,
 )
 from moe.cost.shares import (
     Held,
     accumulation,
     counted,
     parameters_per_rank,
-    stage_blocks,
     stage_parameters,
     tokens_per_pass,
 )
+from moe.cost.stages import stages_of
 from moe.cost.traffic import units_per_token
 from moe_triton.block_sizes import block_of, max_blocks
 
@@ -57,7 +56,7 @@ def memory_bytes(run: Run, layout: Layout | None = None) -> dict[str, int]:
 def stage_memory(run: Run, layout: Layout, stage: int) -> dict[str, int]:
     """`memory_bytes` of one pipeline stage."""
     model, size, length = run.model, 2 if run.train.precision == "bfloat16" else FLOAT32, run.data.sequence_length
-    blocks = stage_blocks(model.num_layers, layout.pipeline)[stage]
+    blocks = stages_of(run, layout)[stage]
     last = stage == layout.pipeline - 1
     tokens, passes = tokens_per_pass(run, layout), _passes_held(run, layout, stage)
     kept = [tokens * block_bytes(model, layer, size, tokens, layout.tensor) for layer in blocks]
@@ -102,7 +101,10 @@ def _logits_bytes(run: Run, tokens: float, size: int) -> float:
 
 
 def _passes_held(run: Run, layout: Layout, stage: int) -> int:
-    """Micro-batches whose activations a stage holds at once: with 1F1B, one for itself and one per stage after it."""
+    """Micro-batches whose activations a stage holds at once: with 1F1B, one for itself and one per stage after it; with
+    GPipe, all."""
+    if layout.pipeline > 1 and run.parallel.pipeline_schedule == "gpipe":
+        return accumulation(run, layout)
     return min(accumulation(run, layout), layout.pipeline - stage)
 
 
@@ -154,7 +156,8 @@ def block_bytes(model: Model, layer: int, size: int, tokens: int, tensor: int = 
     kept = 2 * _norm_bytes(model.dim, size) + _attention_bytes(model.attention, size) / tensor
     if not is_moe_layer(model, layer):
         return kept + _swiglu_bytes(ffn_hidden(model, layer), size) / tensor
-    moe = layer_experts(model, layer)
+    moe = model.moe
+    assert moe is not None
     rows = moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
     router_input = 0 if size == FLOAT32 else FLOAT32 * model.dim
     router = router_input + 2 * FLOAT32 * moe.num_experts + _choice_bytes(model, layer)

@@ -21,13 +21,6 @@ class Held:
     experts: int
 
 
-def stage_blocks(num_layers: int, stages: int) -> tuple[range, ...]:
-    """The blocks of each pipeline stage: consecutive, as even as can be, the longer stages first."""
-    length, more = divmod(num_layers, stages)
-    starts = [stage * length + min(stage, more) for stage in range(stages + 1)]
-    return tuple(range(starts[stage], starts[stage + 1]) for stage in range(stages))
-
-
 def tokens_per_pass(run: Run, layout: Layout) -> int:
     """Tokens of one rank in one forward pass."""
     return run.train.micro_rows * run.data.sequence_length // layout.context

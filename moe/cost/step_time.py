@@ -17,10 +17,10 @@ from moe.cost.shares import (
     accumulation,
     needs_first_pass,
     parameters_per_rank,
-    stage_blocks,
     stage_parameters,
     tokens_per_pass,
 )
+from moe.cost.stages import stages_of
 from moe.cost.traffic import COPIES, EXCHANGE, SHARDING, Transfer, expected_groups, traffic, units_per_token
 from moe_triton.chips import LINKS, Links
 from moe_triton.roofline import Machine
@@ -119,7 +119,7 @@ def predict_step(run: Run, layout: Layout, cluster: Cluster, assume: Assumptions
 def _stage_seconds(run: Run, layout: Layout, cluster: Cluster, assume: Assumptions, stage: int) -> dict[str, float]:
     """Seconds of one stage by purpose, in a step."""
     passes = accumulation(run, layout)
-    blocks = stage_blocks(run.model.num_layers, layout.pipeline)[stage]
+    blocks = stages_of(run, layout)[stage]
     work = {name: passes * value for name, value in _computation(run, layout, cluster.machine, assume, blocks).items()}
     busy = sum(work.values())
     moves = traffic(run, layout, stage)

@@ -12,7 +12,8 @@ from typing import Literal
 
 from moe.config.layout import Layout
 from moe.config.schema import LatentAttention, Run, expert_dim, is_moe_layer
-from moe.cost.shares import accumulation, needs_first_pass, stage_blocks, stage_parameters, tokens_per_pass
+from moe.cost.shares import accumulation, needs_first_pass, stage_parameters, tokens_per_pass
+from moe.cost.stages import stages_of
 
 Operation = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce", "send"]
 FLOAT32, INT32, INT64 = 4, 4, 8
@@ -68,7 +69,7 @@ def expected_groups(experts: int, chosen: float, groups: int) -> float:
 
 def traffic(run: Run, layout: Layout, stage: int = 0) -> list[Transfer]:
     """Everything that a rank of one pipeline stage sends in a step; purposes with nothing to send are left out."""
-    blocks = stage_blocks(run.model.num_layers, layout.pipeline)[stage]
+    blocks = stages_of(run, layout)[stage]
     transfers = [
         *_exchange(run, layout, blocks),
         *_sharded(run, layout, blocks),

@@ -24,19 +24,15 @@ def expert_layers(model: Model) -> MoE:
     require(model.moe is not None, "a dense model")
     assert model.moe is not None
     require(not model.moe.expert_widths, "widths of single experts (moe.expert_widths)")
-    each = model.moe.num_experts_per_layer
-    require(len(set(each)) <= 1, f"layers of different numbers of experts (moe.num_experts_per_layer={each})")
     require(not model.moe.latent_dim, f"experts in a latent space (moe.latent_dim={model.moe.latent_dim})")
     return model.moe
 
 
-def common_values(model: Model, *, sinks: bool = False) -> Values:
-    """Settings that every family has. `sinks`: whether its attention has them, always."""
+def common_values(model: Model) -> Values:
     attention = model.attention
     require(model.rotary.fraction == 1, f"rotary.fraction={model.rotary.fraction} is not 1")
     if isinstance(attention, GroupedQueryAttention):
-        there = "always with them there" if sinks else "none there"
-        require(attention.sinks == sinks, f"attention.sinks={attention.sinks} ({there})".replace("True", "true"))
+        require(not attention.sinks, "attention.sinks=true")
     dense = {ffn_hidden(model, i) for i in range(model.num_layers) if not is_moe_layer(model, i)}
     require(len(dense) <= 1, f"dense layers of different ffn_hidden {sorted(dense)}")
     return {
@@ -77,8 +73,7 @@ def rotary_of(values: Values) -> Rotary:
         )
         return Rotary(base=base)
     known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
-    unknown = sorted(set(rope) - known - {"mscale", "mscale_all_dim", "truncate"})
-    require(kind != "yarn" or rope.get("truncate", True), "rope_parameters truncate=false")
+    unknown = sorted(set(rope) - known - {"mscale", "mscale_all_dim"})
     require(kind == "yarn", f"rope_type='{kind}' (only 'default' and 'yarn' are modelled)")
     require(not unknown, f"rope_parameters {unknown}")
     return Rotary(

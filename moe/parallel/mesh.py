@@ -21,6 +21,8 @@ class Mesh:
     """Ranks that share matrices and see the same tokens."""
     context: dist.ProcessGroup
     """Ranks that hold the parts of the same rows, in the order of the parts."""
+    pipeline: dist.ProcessGroup
+    """Ranks that hold the other blocks and see the same tokens, in the order of the stages."""
     experts: DeviceMesh
     """[expert_replicate, expert_shard, expert]: who holds the same experts, parts of them, and others."""
 
@@ -59,6 +61,7 @@ def build(layout: Layout, device: torch.device) -> Mesh:
     rows = DeviceMesh(device.type, ranks.view(row_shape), mesh_dim_names=("row", "context", "tensor"))
     return Mesh(
         tokens=tokens,
+        pipeline=dense.get_group("pipeline"),
         dense=dense["replicate", "shard"] if layout.replicate > 1 else dense["shard"],
         tensor=dense["tensor"],
         context=rows.get_group("context"),

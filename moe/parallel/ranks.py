@@ -85,6 +85,13 @@ class Ranks:
             dist.all_reduce(tensor, group=self.mesh.context)
         return tensor
 
+    def sum_over_stages(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that hold other blocks and see the same tokens, without gradient; the argument is left alone."""
+        tensor = tensor.detach().clone()
+        if self.mesh is not None and self.layout.pipeline > 1:
+            dist.all_reduce(tensor, group=self.mesh.pipeline)
+        return tensor
+
     def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
         tensor = tensor.detach().clone()
         if self.world_size > 1:

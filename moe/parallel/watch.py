@@ -86,7 +86,8 @@ class Progress:
         def backward(layer: int) -> None:
             self.at("backward", layer=layer)
 
-        for number, block in enumerate(layers):
+        for name, block in layers.named_children():
+            number = int(name)
             block.register_forward_pre_hook(lambda *_, n=number: forward(n), prepend=True)
             block.register_forward_hook(lambda _, __, output, n=number: _on_gradient(output, lambda: backward(n)))
 

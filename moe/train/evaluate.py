@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from moe.data import Batch, Corpus
 from moe.model import IGNORE, Transformer, token_losses
 from moe.parallel import Ranks
 from moe.routing import Tokens
+from moe.train.stages import through_stages
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,14 @@ def evaluate(model: Transformer, corpus: Corpus, ranks: Ranks, *, rows: int, mic
     model.eval()
     sums_3R = torch.zeros(3, rows, dtype=torch.float64, device=ranks.device)
     for span, batch, tokens in rounds(corpus, ranks, rows=rows, micro_rows=micro_rows):
-        logits_BSV = model(batch.ids_BS, tokens=tokens).logits_BSV
+        call = partial(model, batch.ids_BS, tokens=tokens)
+        logits_BSV = through_stages(ranks, model, batch.ids_BS, call).logits_BSV
+        if logits_BSV is None:  # the last stage counts
+            continue
         here, n = slice(span.start, span.stop), len(span)
         sums_3R[0, here] = token_losses(logits_BSV, batch.targets_BS).double().sum(1)[:n]
         sums_3R[1, here] = batch.bytes_B[:n]
         sums_3R[2, here] = (batch.targets_BS != IGNORE).sum(1).double()[:n]
     model.train(was_training)
-    nats, size, tokens_row = ranks.sum(sums_3R).cpu().numpy()
+    nats, size, tokens_row = ranks.sum_over_stages(ranks.sum(sums_3R)).cpu().numpy()
     return EvaluationResult(nats, size, tokens_row)

@@ -27,7 +27,7 @@ class Finite:
             if isinstance(arguments[0], Tensor) and arguments[0].requires_grad:
                 arguments[0].register_hook(look)
 
-        layers[0].register_forward_pre_hook(enter)
+        next(iter(layers)).register_forward_pre_hook(enter)
 
     def take(self, model: nn.Module, outputs: list[Output]) -> Tensor:
         """Whether anything of this rank's part of the step was not finite; bool scalar on the device."""
@@ -39,4 +39,4 @@ class Finite:
             parts.append(torch.nn.utils.get_total_norm(gradients).isfinite().logical_not())
         parts += self.wrong
         self.wrong = []
-        return torch.stack(parts).any()
+        return torch.stack(parts).any() if parts else torch.zeros((), dtype=torch.bool)

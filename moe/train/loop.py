@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 
 from moe import checkpoint, parallel
@@ -25,6 +26,7 @@ from moe.errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from moe.experts import resolve_backend
 from moe.files import write_json
 from moe.parallel import Ranks, watched
+from moe.parallel.pipeline import gather_stages
 from moe.train import record
 from moe.train.console import Console
 from moe.train.evaluate import EvaluationResult, evaluate
@@ -35,6 +37,7 @@ from moe.train.mirrors import require_tensorboard
 from moe.train.placing import place_by_load
 from moe.train.replay import Recorder, Replayer
 from moe.train.runlog import RunLog
+from moe.train.stages import by_layer
 from moe.train.step import State, StepResult, build_state, train_step
 
 
@@ -199,11 +202,18 @@ def _set_up(run: Run, ranks: Ranks, console: Console) -> State:
         f"{run.name}: {counted.total:,} parameters, {counted.active:,} active per token; {ranks.world_size} rank(s) on "
         f"{ranks.device.type}{layout}, {torch.get_num_threads()} thread(s); expert backend {_backend(run)}"
     )
-    if not all(layer.router.causal for _, layer in state.model.moe_layers()):
+    if not all(gather_stages(ranks, all(layer.router.causal for _, layer in state.model.moe_layers()))):
         console.say(
             "WARNING: this router is not causal: a token's experts depend on later tokens of its row, so training and "
             "evaluation losses are flattered, and generation cannot route the same way"
         )
+    if state.pipeline is not None:
+        stages = ", ".join(f"{held.start}-{held.stop - 1}" for held in gather_stages(ranks, state.model.blocks))
+        console.say(
+            f"pipeline of {ranks.layout.pipeline} stages, schedule {run.parallel.pipeline_schedule}: blocks {stages}"
+        )
+        if run.model.moe is not None and run.evaluation.probe_rows:
+            console.say("health.jsonl is left out: its gradients are not measured across the stages of a pipeline")
     if needs_first_pass(run, ranks.layout):
         console.say(
             "balance scope 'global' with this layout counts rows in a first forward pass without gradient: about a "
@@ -345,7 +355,7 @@ class Loop:
             clock = time.perf_counter()
             routing_step = step % every == 0 or step == steps
             self.ranks.progress.at("router weights", step=step)
-            before = router_weights(self.state.model) if routing_step else {}
+            before = self._router_weights() if routing_step else {}
             with self.ledger.work("step", step, formula=self.ledger.step_flops) as spent:
                 result = train_step(self.state, step - 1, stop=self.stop, maxima=routing_step)
                 spent["tokens"] = result.tokens
@@ -355,7 +365,7 @@ class Loop:
             self.saver.look()
             if routing_step:
                 self.ranks.progress.at("router weights")
-                self.log.routing(step, result, router_weights(self.state.model), before)
+                self.log.routing(step, result, self._router_weights(), before)
             if self.nonfinite_in_a_row >= self.config.train.max_nonfinite_steps:
                 return "stopped", self._nonfinite_reason(), step
             improved = self._maybe_evaluate(step) if not result.stop or step == steps else False
@@ -364,6 +374,10 @@ class Loop:
             if result.stop and step < steps:
                 return "interrupted", f"asked to stop; 'moe resume {self.out}' continues", step
         return "finished", "", steps
+
+    def _router_weights(self) -> dict[int, np.ndarray]:
+        """Learned router matrices of all layers, those of other stages included."""
+        return by_layer(self.ranks, router_weights(self.state.model))
 
     def _count(self, result: StepResult, seconds: float) -> None:
         self.tokens += result.tokens
@@ -385,7 +399,7 @@ class Loop:
             return False
         result = self._evaluate(step, evaluation.rows)
         self.log.evaluation(step, result, final=False)
-        if self.state.model.moe_layers() and evaluation.probe_rows:
+        if self.state.model.moe_layers() and evaluation.probe_rows and self.state.pipeline is None:
             with self.ledger.work("health", step):
                 rows = measure(self.state, step, self.out)
             self.log.health(step, rows)

@@ -67,7 +67,7 @@ def require_memory(run: Run, ranks: Ranks) -> None:
         raise ConfigError(
             f"the parameters ({cost.parameters(run.model).total:,}), their gradients and the optimizer's state need "
             f"{held / GIB:,.1f} GiB{together}, this {ranks.device.type} has {installed / GIB:,.1f} GiB: choose a "
-            "smaller model.dim, model.num_layers or model.moe.num_experts, or spread them with parallel.shard or "
-            "parallel.expert; moe show prints the plan"
+            "smaller model.dim, model.num_layers or model.moe.num_experts, or spread them with parallel.shard, "
+            "parallel.expert or parallel.pipeline; moe show prints the plan"
             + (f"; checkpoint.asynchronous=false needs {copy / GIB:,.1f} GiB less" if copy else "")
         )

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from moe.attention import GroupedQuery, Latent
 from moe.config.schema import Run
+from moe.cost import stages_of
 from moe.experts import Experts
 from moe.init import materialise
 from moe.model import Transformer
@@ -56,6 +57,7 @@ def build_model(run: Run, ranks: Ranks, *, dtype: torch.dtype | None = None) -> 
         dtype=dtype or DTYPES[train.precision],
         recompute=train.activation_checkpointing,
         loss_chunk=train.loss_chunk,
+        blocks=blocks_of(run, ranks),
     )
     if layout.shard == layout.expert == layout.tensor == 1:
         model = build()
@@ -79,6 +81,11 @@ def share_rows(model: Transformer, ranks: Ranks) -> None:
         for module in model.modules():
             if isinstance(module, GroupedQuery | Latent):
                 module.context = model.context
+
+
+def blocks_of(run: Run, ranks: Ranks) -> range:
+    """The blocks that this rank's stage holds."""
+    return stages_of(run, ranks.layout)[ranks.layout.stage(ranks.rank)]
 
 
 def spread(model: Transformer, run: Run, ranks: Ranks) -> None:
@@ -152,6 +159,9 @@ def _shard(model: Transformer, run: Run, ranks: Ranks) -> None:
     blocks = [block for block in model.layers if isinstance(block, FSDPModule)]
     for block, after in pairwise(blocks):
         block.set_modules_to_forward_prefetch([after])
+    if layout.pipeline > 1 and isinstance(model, FSDPModule):
+        # several micro-batches are between forward and backward: what is around the blocks stays whole until the last is done
+        model.set_reshard_after_backward(False, recurse=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -7,21 +7,25 @@ known before the first forward pass, so losses, gradients and statistics do not 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe.config.schema import Run
+from moe.cost import moe_layers
 from moe.cost.shares import needs_first_pass
 from moe.data import Batch, Corpus
 from moe.model import IGNORE, LayerRouting, Output, Transformer
 from moe.optim import build_optimizer, clip, gradient_norm, learning_rate
 from moe.parallel import Ranks
+from moe.parallel.pipeline import Pipeline, gather_stages
 from moe.routing import Selection, Tokens
 from moe.train.finite import Finite
 from moe.train.replay import Recorder, Replayer
 from moe.train.sharding import build_model, sum_gradients
+from moe.train.stages import by_layer, through_stages, train_stages, without_graph
 
 
 @dataclass
@@ -38,6 +42,14 @@ class State:
     finite: Finite = field(default_factory=Finite)
     recorder: Recorder | None = None
     replayer: Replayer | None = None
+    pipeline: Pipeline | None = field(init=False, default=None)
+    """Set where the model's blocks are on several ranks."""
+    loss_names: tuple[str, ...] | None = field(init=False, default=None)
+    """Auxiliary losses of all stages, agreed upon in the first step."""
+
+    def __post_init__(self) -> None:
+        if self.ranks.layout.pipeline > 1:
+            self.pipeline = Pipeline(self.run.parallel.pipeline_schedule, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,8 @@ class StepResult:
     stop: bool
     """Whether any rank was asked to stop."""
     statistics: list[tuple[int, dict[str, Tensor]]]
-    """(block index, statistics) per expert layer; those ending in _max only if they were asked for."""
+    """(block index, statistics) per expert layer; those ending in _max only if they were asked for, and only then those of
+    other stages of a pipeline."""
 
 
 def build_state(run: Run, ranks: Ranks, corpus: Corpus) -> State:
@@ -95,14 +108,12 @@ def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, max
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.zero_grad(set_to_none=True)
-    outputs = [
-        _forward_backward(state, batch, tokens, targets, step) for batch, tokens in zip(batches, inputs, strict=True)
-    ]
+    outputs = _outputs(state, batches, inputs, targets, step)
     not_finite = state.finite.take(model, outputs) if ranks.world_size > 1 else torch.zeros(())
     ranks.progress.at("sum of gradients")
     sum_gradients(model, ranks)
     ranks.progress.at("sum of losses")
-    loss, losses, stops, culprits, statistics = _reduce(outputs, stop(), not_finite, ranks, maxima)
+    loss, losses, stops, culprits, statistics = _reduce(outputs, stop(), not_finite, state, maxima)
     ranks.progress.at("update")
     norm = gradient_norm(model, ranks)
     grad_norm = float(norm)  # host sync: a step that is not finite must not reach the optimizer
@@ -112,6 +123,8 @@ def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, max
         state.optimizer.step()
         for (_, layer), (_, sums) in zip(model.moe_layers(), statistics, strict=True):
             layer.update(sums)
+    if maxima:
+        statistics = list(by_layer(ranks, dict(statistics)).items())
     # host sync: a count that the log wants
     culprits = culprits if skipped else ()
     return StepResult(loss, losses, lr, grad_norm, int(valid_tokens), skipped, culprits, stops, statistics)
@@ -173,9 +186,9 @@ def _with_global_counts(state: State, batches: list[Batch], inputs: list[Tokens]
     counts_LE = torch.zeros(model.num_layers, moe.num_experts, dtype=torch.int64, device=state.ranks.device)
     with torch.no_grad():
         for batch, tokens in zip(batches, inputs, strict=True):
-            for layer in forward(state, batch, tokens).routing:
-                counts_E = layer.statistics["counts_E"]
-                counts_LE[layer.layer, : len(counts_E)] += counts_E
+            call = partial(forward, state, batch, tokens)
+            for layer in through_stages(state.ranks, state.model, batch.ids_BS, call).routing:
+                counts_LE[layer.layer] += layer.statistics["counts_E"]
     counts_LE = state.ranks.sum(counts_LE)
     return [replace(tokens, step_counts_LE=counts_LE) for tokens in inputs]
 
@@ -184,40 +197,62 @@ def forward(state: State, batch: Batch, tokens: Tokens, **loss: Any) -> Output:
     """The model's output for a micro-batch, with recorded routing forced if the run replays one; `loss`: targets."""
     replay: tuple[Selection, ...] | None = None
     if state.replayer is not None:
-        replay = state.replayer.selections(int(tokens.step), batch.row_B, batch.ids_BS.shape[1], state.ranks.device)
+        every = state.replayer.selections(int(tokens.step), batch.row_B, batch.ids_BS.shape[1], state.ranks.device)
+        here = {layer for layer, _ in state.model.moe_layers()}
+        replay = tuple(one for layer, one in zip(moe_layers(state.run.model), every, strict=True) if layer in here)
     return state.forward(batch.ids_BS.to(state.ranks.device), tokens=tokens, replay=replay, **loss)
 
 
-def _forward_backward(state: State, batch: Batch, tokens: Tokens, targets: Tensor, step: int) -> Output:
+def _outputs(state: State, batches: list[Batch], inputs: list[Tokens], targets: Tensor, step: int) -> list[Output]:
+    """Forward and backward of every micro-batch; returns the outputs without their graphs."""
+    calls = [
+        partial(
+            forward,
+            state,
+            batch,
+            tokens,
+            targets_BS=batch.targets_BS.to(state.ranks.device),
+            step_targets=targets.float(),
+        )
+        for batch, tokens in zip(batches, inputs, strict=True)
+    ]
+    if state.pipeline is not None:
+        return train_stages(state.pipeline, state.model, calls, batches[0].ids_BS)
+    return [_forward_backward(state, batch, call, step) for batch, call in zip(batches, calls, strict=True)]
+
+
+def _forward_backward(state: State, batch: Batch, call: Callable[[], Output], step: int) -> Output:
     """Forward and backward of one micro-batch; returns the output without its graph."""
     state.ranks.progress.at("forward")
-    output = forward(
-        state, batch, tokens, targets_BS=batch.targets_BS.to(state.ranks.device), step_targets=targets.float()
-    )
-    assert output.objective is not None and output.loss is not None
+    output = call()
+    assert output.objective is not None
     state.ranks.progress.at("backward")
     output.objective.backward()
     if state.recorder is not None:
         state.recorder.write(step, batch.row_B, batch.ids_BS.shape[1], [layer.selection for layer in output.routing])
-    return replace(output, loss=output.loss.detach(), objective=None)
+    return without_graph(output)
 
 
 def _reduce(
-    outputs: list[Output], stop: bool, not_finite: Tensor, ranks: Ranks, maxima: bool
+    outputs: list[Output], stop: bool, not_finite: Tensor, state: State, maxima: bool
 ) -> tuple[float, dict[str, float], bool, tuple[int, ...], list[tuple[int, dict[str, Tensor]]]]:
     """Sum losses, stop requests and statistics over micro-batches and ranks, in one collective (and one for maxima).
 
-    `not_finite`: whether this rank's part is not; the fourth of the results are the ranks that say so.
+    With stages there is one more: statistics are of a stage's own layers, the rest of all. `not_finite`: whether this rank's
+    part is not; the fourth of the results are the ranks that say so.
     """
-    names = list(outputs[0].losses)
-    losses = [_sum_of([o.loss for o in outputs]), *(_sum_of([o.losses[name] for o in outputs]) for name in names)]
+    ranks, names = state.ranks, _loss_names(state, outputs)
+    losses = [_sum_of([o.loss for o in outputs]), *(_sum_of([o.losses.get(name) for o in outputs]) for name in names)]
     culprits = torch.zeros(ranks.world_size, device=ranks.device)
     culprits[ranks.rank] = not_finite
-    scalars = torch.cat([torch.stack([*losses, torch.tensor(float(stop), device=ranks.device)]), culprits])
+    stopping = torch.tensor(float(stop), device=ranks.device)
+    scalars = torch.cat([torch.stack([*(loss.to(ranks.device) for loss in losses), stopping]), culprits])
     keys = [(index, name) for index, layer in enumerate(outputs[0].routing) for name in layer.statistics if _sums(name)]
     parts = [_sum_of([o.routing[index].statistics[name] for o in outputs]) for index, name in keys]
     flat = ranks.sum(torch.cat([scalars.double(), *(part.double().flatten() for part in parts)]))
-    values = flat[: len(scalars)].tolist()  # host sync: once per step, for the log and the check of finiteness
+    values = ranks.sum_over_stages(
+        flat[: len(scalars)]
+    ).tolist()  # host sync: once per step, for the log and the check of finiteness
     statistics: list[tuple[int, dict[str, Tensor]]] = [(layer.layer, {}) for layer in outputs[0].routing]
     offset = len(scalars)
     for (index, name), part in zip(keys, parts, strict=True):
@@ -228,6 +263,16 @@ def _reduce(
     count = 1 + len(names)
     wrong = tuple(rank for rank, flag in enumerate(values[count + 1 :]) if flag)
     return values[0], dict(zip(names, values[1:count], strict=True)), values[count] > 0, wrong, statistics
+
+
+def _loss_names(state: State, outputs: list[Output]) -> tuple[str, ...]:
+    """The auxiliary losses of all stages; a stage without expert layers has none of its own."""
+    if state.pipeline is None:
+        return tuple(outputs[0].losses)
+    if state.loss_names is None:
+        every = gather_stages(state.ranks, list(outputs[0].losses))
+        state.loss_names = tuple(dict.fromkeys(name for names in every for name in names))
+    return state.loss_names
 
 
 def _reduce_maxima(
@@ -244,4 +289,5 @@ def _sums(name: str) -> bool:
 
 
 def _sum_of(tensors: list[Tensor | None]) -> Tensor:
-    return torch.stack([tensor.detach() for tensor in tensors if tensor is not None]).sum(0)
+    there = [tensor.detach() for tensor in tensors if tensor is not None]
+    return torch.stack(there).sum(0) if there else torch.zeros(())
