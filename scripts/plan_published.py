@@ -10,7 +10,7 @@ which transfers run behind computation, and how many parts of the model a pipeli
 import argparse
 import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -360,13 +360,16 @@ def described(cls: type) -> dict[str, str]:
     return found
 
 
-def renewed(page: str) -> str:
+PARTS = {"plans": plans, "published": table, "constants": constants}
+
+
+def renewed(page: str, names: Iterable[str] = PARTS) -> str:
     """A page with the text between its marks made anew."""
-    for name, make in (("plans", plans), ("published", table), ("constants", constants)):
+    for name in names:
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         head, _, rest = page.partition(begin)
         _, _, tail = rest.partition(end)
-        page = f"{head}{begin}\n{make()}\n{end}{tail}"
+        page = f"{head}{begin}\n{PARTS[name]()}\n{end}{tail}"
     return page
 
 

@@ -124,11 +124,10 @@ def test_more_gpus_are_faster_and_one_is_planned_too():
     smoke = str(ROOT / "recipes/tiny_stories_gpu.py")
     alone = plan(smoke, gpus=1, console=Console(file=StringIO()))["plans"][0]
     assert alone["sent_total"] == 0 and alone["layout"]["shard"] == 1
-    rates = [
-        plan(OLMOE, gpus=gpus, console=Console(file=StringIO()))["plans"][0]["tokens_per_second"]
-        for gpus in (8, 64, 256)
-    ]
-    assert rates == sorted(rates)
+    few, many = (
+        plan(OLMOE, gpus=gpus, console=Console(file=StringIO()))["plans"][0]["tokens_per_second"] for gpus in (8, 32)
+    )
+    assert 2 * few < many < 4.4 * few
 
 
 def test_a_model_that_does_not_fit_is_refused_with_what_it_needs():
@@ -160,9 +159,10 @@ def test_the_command_prints_tables_or_json(capsys):
 # ------------------------------------------------------------------------------------------------ published trainings
 
 
-def test_the_page_has_what_the_script_writes():
+@pytest.mark.parametrize("part", ["constants", "published", pytest.param("plans", marks=pytest.mark.full)])
+def test_the_page_has_what_the_script_writes(part):
     page = (ROOT / "docs/scaling.md").read_text("utf-8")
-    assert published["renewed"](page) == page, "run: python scripts/plan_published.py --write docs/scaling.md"
+    assert published["renewed"](page, [part]) == page, "run: python scripts/plan_published.py --write docs/scaling.md"
 
 
 def test_predictions_are_as_near_to_published_trainings_as_the_page_says():
