@@ -64,9 +64,9 @@ def test_every_contract_compares_with_the_dense_model_of_that_resource(arms):
         "active_parameters": (1e6, "win", "the active twin itself"),
         "flops": (1e6, "win", "the active twin itself"),
         "total_parameters": (8e6, "loss", "the total twin itself"),
-        "memory": (4e6, "loss", "interpolated between the twins"),
-        "seconds": (1.5e6, "win", "interpolated between the twins"),
-        "joules": (1.5e6, "win", "interpolated between the twins"),
+        "memory": (4e6, "loss", "the twins, interpolated between them"),
+        "seconds": (1.5e6, "win", "the twins, interpolated between them"),
+        "joules": (1.5e6, "win", "the twins, interpolated between them"),
     }
     for contract, (size, verdict, how) in expected.items():
         found = judge(contract, *arms)
@@ -94,7 +94,9 @@ def test_without_the_total_twin_only_the_active_one_is_compared(arms):
     flat = Arm("total", law(8e6), {"memory": 1e6})
     assert "no curve between them" in judge("memory", sparse, active, flat)["why"]
     outside = judge("seconds", Arm("sparse", law(2e6), {"seconds": 20.0}), active, dense(8e6))
-    assert outside["from"] == "extrapolated beyond the twins"
+    assert outside["from"] == "the twins, extrapolated beyond them"
+    far = judge("seconds", Arm("sparse", law(2e6), {"seconds": 23.0}), active, dense(8e6))
+    assert far["verdict"] is None and far["why"] == "23 lies too far beyond the twins' 1 and 8"
 
 
 def test_effective_dense_size_is_the_size_on_the_curve(arms):

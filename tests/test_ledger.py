@@ -17,7 +17,7 @@ from tiny_runs import tiny_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe import cli, parallel
-from moe.analysis.ledger import account, describe, project, read_ledger
+from moe.analysis.ledger import account, cost_of_knowing, describe, of_arms, project, read_ledger
 from moe.analysis.ledger_prices import describe_next, equal_loss, has_tail, next_nats, tail, tokens_to
 from moe.config.load import dump
 from moe.config.schema import Cost
@@ -275,6 +275,20 @@ def test_a_project_counts_each_run_once_and_knows_what_it_does_not_know(tmp_path
     assert dearer["dollars"]["value"] == pytest.approx(0.2) and dearer["gco2e"]["value"] == pytest.approx(0.002 * 662)
     with pytest.raises(UserError, match=r"holds no ledger.jsonl, at any depth"):
         project([tmp_path / "a" / "one" / "nothing"])
+
+
+def test_a_comparison_says_what_the_twins_cost(tmp_path):
+    for name, seconds in (("sparse-seed0", 30.0), ("dense-seed0", 10.0), ("total-seed0", 80.0)):
+        write_ledger(tmp_path / name, start_line(), step_line(1, 1, seconds))
+    folders = {arm: [tmp_path / f"{arm}-seed0"] for arm in ("sparse", "dense", "total")}
+    found = of_arms(folders)
+    assert found["arms"]["total"]["seconds"]["value"] == 80.0 and found["total"]["dollars"]["value"] == pytest.approx(
+        0.12
+    )
+    assert "All 3 runs took 120.0 s (measured)" in cost_of_knowing(found) and "75% of the time" in cost_of_knowing(
+        found
+    )
+    assert of_arms({**folders, "hash": [tmp_path / "hash-seed0"]}) is None
 
 
 def test_damage_is_named_and_a_cut_off_last_line_is_not_damage(tmp_path):

@@ -103,6 +103,15 @@ def _arm(name: str, runs: Sequence[RunRows], rows_per_token: float | None, secon
             ]
             if len(values) == len(runs) and min(values) > 0:
                 resources[amount] = float(np.mean(values))
+        if seconds is not None and "dollars" in resources:
+            # rent goes by time, and the interleaved timing knows that better than runs that shared a machine with others
+            own = np.mean(
+                [
+                    one["seconds"]["value"] * run.summary["tokens"] / one["tokens"]
+                    for one, run in zip(accounts, runs, strict=True)
+                ]
+            )
+            resources["dollars"] *= seconds * tokens / float(own)
     return Arm(name, np.array([run.final_bits for run in runs]), resources)
 
 

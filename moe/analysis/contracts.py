@@ -29,6 +29,8 @@ CONTRACTS = {
 }
 SAME = 0.01
 """Resources that differ by less are the same: the twin itself is the comparison, nothing is interpolated."""
+FAR = 0.5
+"""How far beyond the twins the power law is still believed, as a share of their distance in ln x."""
 WORDS = {"ahead": "win", "behind": "loss", "undecided": "undecided"}
 
 
@@ -69,9 +71,11 @@ def judge(contract: str, sparse: Arm, active: Arm, total: Arm | None, confidence
     elif abs(math.log(rest[0] / at_active)) < SAME:
         return result | {"why": "the dense twins do not differ in this resource, so there is no curve between them"}
     else:
+        share = math.log(x / at_active) / math.log(rest[0] / at_active)
+        if not -FAR <= share <= 1 + FAR:
+            return result | {"why": f"{x:.3g} lies too far beyond the twins' {at_active:.3g} and {rest[0]:.3g}"}
         dense_S = interpolated(x, (at_active, rest[0]), active.loss_S, total.loss_S)
-        inside = min(at_active, rest[0]) <= x <= max(at_active, rest[0])
-        how = "interpolated between the twins" if inside else "extrapolated beyond the twins"
+        how = "the twins, interpolated between them" if 0 <= share <= 1 else "the twins, extrapolated beyond them"
     gain = t_interval((dense_S - sparse.loss_S).tolist(), confidence)
     return result | {"verdict": WORDS[gain.verdict], "from": how, "gain": _json(gain), "dense_loss": dense_S.tolist()}
 

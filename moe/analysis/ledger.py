@@ -4,7 +4,7 @@ A line says what came since the line before it, so a sum is all there is to do. 
 the attempt that used them, unless others are given.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,24 @@ def project(folders: Sequence[Path], cost: Cost | None = None) -> Json:
         total[name] = _sum([None if a[name] is None else Graded(**a[name]) for a in accounts])
     total["peak_memory_bytes"] = max(a["peak_memory_bytes"] for a in accounts)
     return {"schema_version": 1, "runs": accounts, "total": total}
+
+
+def of_arms(folders: Mapping[str, Sequence[Path]]) -> Json | None:
+    """What each arm of a comparison has used, and all of them: `arms` and `total`; null where a run has no ledger."""
+    if not all((folder / "ledger.jsonl").is_file() for runs in folders.values() for folder in runs):
+        return None
+    arms = {arm: project(runs)["total"] for arm, runs in folders.items()}
+    every = [folder for runs in folders.values() for folder in runs]
+    return {"arms": arms, "total": project(every)["total"]}
+
+
+def cost_of_knowing(result: Json) -> str:
+    """What a comparison took, and how much of it went to anything but the sparse arm, in a sentence."""
+    total, sparse = result["total"], result["arms"]["sparse"]
+    known = [name for name in ("seconds", "kwh", "gco2e", "dollars") if total[name] is not None]
+    parts = ", ".join(f"{amount(total[name], UNITS[name])} ({total[name]['grade']})" for name in known)
+    share = 1 - sparse["seconds"]["value"] / total["seconds"]["value"]
+    return f"All {total['runs']} runs took {parts}; {share:.0%} of the time went to what the sparse model is compared with."
 
 
 # ------------------------------------------------------------------------------------------------------------- sums

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe.analysis import html, plots
 from moe.analysis.contract_report import describe, judge_comparison
+from moe.analysis.ledger import cost_of_knowing, of_arms
 from moe.analysis.paired import Interval, evaluation_noise, paired_gain
 from moe.analysis.promise import FILE as PROMISE
 from moe.analysis.promise import outcome, quote, read_promise, tampering
@@ -295,6 +296,8 @@ def _comparison(directory: Path) -> Json:
     timed = timing_summary(timing) if timing else None
     judged = judge_comparison(directory) if comparison.get("more_arms") else None
     promised = _promise(directory, arms, gain, judged)
+    everything = {**names, **comparison.get("more_arms", {})}
+    ledger = of_arms({arm: [directory / name for name in folders] for arm, folders in everything.items()})
     return {
         "kind": "comparison",
         "title": f"Sparse against dense: {comparison.get('recipe') or directory.name}",
@@ -308,8 +311,10 @@ def _comparison(directory: Path) -> Json:
                 *promised["sentences"],
                 _speed_in_short(timed),
                 *(describe(judged).splitlines() if judged else ()),
+                *([cost_of_knowing(ledger)] if ledger else ()),
             ],
         },
+        "ledger": ledger,
         "promise": promised,
         "contracts": judged,
         "cautions": cautions(arms, summaries, comparison.get("learning_rate")),
