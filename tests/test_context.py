@@ -41,7 +41,7 @@ def cases() -> Iterator[tuple[str, RouterConfig]]:
         }
         base = replace(default, **without)
         yield name, base
-        for field in {f.name for f in fields(base)} & VARIANTS.keys():
+        for field in sorted({f.name for f in fields(base)} & VARIANTS.keys()):
             for value in VARIANTS[field]:
                 try:
                     config = replace(base, **{field: value}, **WITH.get(field, {}))
