@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from moe import checkpoint, parallel
 from moe.checkpoint.state import state_of
 from moe.config.layout import resolve
+from moe.config.schema import Run
 from moe.data import prepare
 from moe.parallel import Ranks
 from moe.train.step import State, build_state, micro_ranges, train_step
@@ -27,13 +28,18 @@ STEPS = 3
 ROWS = 8
 
 
-def build(folder: Path, layout: str, ranks: Ranks) -> State:
-    """A run in a layout at its first step."""
+def config(folder: Path, layout: str) -> Run:
+    """The run in a layout."""
     overrides = [one for one in layout.split(",") if one != "alone"]
     router = ["model.moe.router=loss_free", "model.moe.router.bias_rate=0.01", "model.moe.shared_hidden=8"]
-    sizes = [f"train.batch_rows={ROWS}", "train.micro_rows=1", f"train.steps={STEPS + 1}", "train.optimizer.eps=1e-3"]
-    run = tiny_run(folder / "data", *router, *sizes, *overrides)
-    return build_state(run, ranks.arranged(resolve(run, ranks.world_size)), prepare(run.data))
+    sizes = [
+        f"train.batch_rows={ROWS}",
+        "train.micro_rows=1",
+        f"train.steps={STEPS + 1}",
+        "train.optimizer.eps=1e-3",
+        "model.attention.num_kv_heads=2",
+    ]
+    return tiny_run(folder / "data", *router, *sizes, *overrides)
 
 
 def digest(value) -> str:
@@ -74,18 +80,18 @@ def held(state: State) -> dict:
     return {"tensors": tensors, "batch": batch, "loss": result.loss, "norm": result.grad_norm, "moved": moved}
 
 
-def save(folder: Path, layout: str, ranks: Ranks) -> dict:
+def save(folder: Path, layout: str, run: Run, ranks: Ranks) -> dict:
     """Train, save, and describe."""
-    state = build(folder, layout, ranks)
+    state = build_state(run, ranks, prepare(run.data))
     for step in range(STEPS):
         train_step(state, step)
     checkpoint.save(folder / layout, STEPS, state.model, state.optimizer, {}, state.ranks)
     return held(state)
 
 
-def load(folder: Path, layout: str, source: Path, ranks: Ranks) -> dict:
+def load(source: Path, run: Run, ranks: Ranks) -> dict:
     """Load and describe."""
-    state = build(folder, layout, ranks)
+    state = build_state(run, ranks, prepare(run.data))
     saved = checkpoint.newest(source)
     assert saved is not None
     checkpoint.load(saved, state.model, state.optimizer, state.ranks)
@@ -94,11 +100,16 @@ def load(folder: Path, layout: str, source: Path, ranks: Ranks) -> dict:
 
 def work(folder: Path, what: str, layouts: list[str], ranks: Ranks) -> dict[str, dict]:
     """Results by layout, or by 'checkpoint -> layout'."""
-    if what == "save":
-        return {layout: save(folder, layout, ranks) for layout in layouts}
-    sources = sorted(path for path in folder.iterdir() if (path / "checkpoints").is_dir())
-    pairs = [(source, layout) for layout in layouts for source in sources]
-    return {f"{source.name} -> {layout}": load(folder, layout, source, ranks) for source, layout in pairs}
+    results = {}
+    for layout in layouts:
+        run = config(folder, layout)
+        here = ranks.arranged(resolve(run, ranks.world_size))  # its process groups, and gloo's threads, once
+        if what == "save":
+            results[layout] = save(folder, layout, run, here)
+            continue
+        for source in sorted(path for path in folder.iterdir() if (path / "checkpoints").is_dir()):
+            results[f"{source.name} -> {layout}"] = load(source, run, here)
+    return results
 
 
 def main() -> None:
