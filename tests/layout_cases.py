@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import pipeline_cases
@@ -114,13 +115,18 @@ def compare(run: Run, ranks: Ranks, alone: Ranks) -> dict[str, float]:
 
 
 def single_precision(started: Ranks) -> dict[str, dict[str, float | str]]:
-    """20 steps in float32 of every layout × accumulation × recomputation, clipped; and 3 in bfloat16."""
-    alone, rows = Ranks(0, 1, started.device), {}
+    """20 steps in float32 of every layout × accumulation × recomputation, clipped; and 3 in bfloat16.
+
+    `rounding`: how far the first gradients of one process are from those in float32.
+    """
+    alone, rows, exact = Ranks(0, 1, started.device), {}, SimpleNamespace()
     base = shaped(run_of(ROUTERS["global"], ROWS, False), Parallel(tensor=2), "one key head")
     base = replace(base, train=replace(base.train, clip_norm=1.0, optimizer=AdamW(lr=1e-3), steps=LONG))
     for precision, count in (("float32", LONG), ("bfloat16", 3)):
         run = replace(base, train=replace(base.train, precision=precision))
         expected = steps(run, alone, count, dtype=None)
+        exact = expected if precision == "float32" else exact
+        rounding = max(difference(expected.first[k], v) for k, v in exact.first.items())
         for layout in LAYOUTS[started.world_size]:
             ranks = started.arranged(
                 resolve(replace(run, parallel=layout, train=replace(run.train, micro_rows=1)), started.world_size)
@@ -140,6 +146,7 @@ def single_precision(started: Ranks) -> dict[str, dict[str, float | str]]:
                     "first gradients": max(difference(ours.first[k], v) for k, v in expected.first.items()),
                     "parameters": (moved / torch.cat([v.flatten() for v in expected.values.values()]).norm()).item(),
                     "router dtype": str(dtype),
+                    "rounding": rounding,
                 }
     return rows
 

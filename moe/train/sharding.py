@@ -5,6 +5,8 @@
 | matrices, embeddings              | all, or cut over shard · context       | summed by FSDP2, or in buckets afterwards  |
 | routed experts                    | the ranks of `expert`, and cut there   | likewise, over the ranks that hold the     |
 |                                   | over expert_shard                      | same experts                               |
+| matrices of attention and dense   | besides, cut over tensor               | likewise                                   |
+| layers                            |                                        |                                            |
 | norms, biases, sinks, routers     | all, in float32                        | in buckets after the backward pass         |
 
 The last row is a per mille of a model. Kept whole it needs no gathering, routers compute in float32 in every layout, and
