@@ -1,4 +1,4 @@
-"""Models of eight families against transformers' own classes: logits both ways, every tensor accounted for, by name.
+"""Models of nine families against transformers' own classes: logits both ways, every tensor accounted for, by name.
 
 transformers' models on random weights are the reference; small configurations with what is awkward in each family.
 """
@@ -48,6 +48,13 @@ YARN = {
     "original_max_position_embeddings": 16,
     "mscale": 0.707,
     "mscale_all_dim": 0.707,
+}
+GPT_OSS = {
+    **SMALL,
+    "head_dim": 8,
+    "swiglu_alpha": 1.0,
+    "swiglu_limit": 1e30,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
 THEIRS = {
     "mixtral": ("mixtral", {**SMALL, "num_local_experts": 4}),
@@ -108,6 +115,19 @@ THEIRS = {
             "rope_parameters": YARN,
         },
     ),
+    "gpt_oss": ("gpt_oss", {**GPT_OSS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
+    "gpt_oss, yarn, every expert": (
+        "gpt_oss",
+        {
+            **GPT_OSS,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 3,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "sliding_window": 7,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0},
+        },
+    ),
     "llama": ("llama", {**SMALL, "rms_norm_eps": 1e-5}),
     "llama, biased, tied": ("llama", {**SMALL, "attention_bias": True, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**SMALL, "head_dim": 16}),
@@ -124,6 +144,10 @@ def theirs(case: str, folder, dtype=torch.float32):
         for name, tensor in model.state_dict().items():
             centre = 1.0 if "norm" in name else 0.0
             tensor.copy_(centre + 0.3 * torch.randn(tensor.shape))
+            if name.endswith("_proj_bias"):  # gpt-oss's experts: the biases that make them SwiGLU
+                tensor.zero_()
+                if name.endswith("gate_up_proj_bias"):
+                    tensor[:, 1::2] = -1.0
     model = model.to(dtype)
     model.save_pretrained(folder)
     return model
@@ -172,7 +196,8 @@ def test_bfloat16_files_hold_the_rounded_weights(case, tmp_path, ids):
 
 
 @pytest.mark.parametrize(
-    "case", ["mixtral", "qwen2_moe", "deepseek_v2, groups, ranks, yarn", "deepseek_v3", "llama, biased, tied"]
+    "case",
+    ["mixtral", "qwen2_moe", "deepseek_v2, groups, ranks, yarn", "deepseek_v3", "gpt_oss", "llama, biased, tied"],
 )
 def test_every_number_has_one_place_on_both_sides(case, tmp_path):
     """Each of our tensors and each of the family's, filled with its elements' numbers, is a permutation after copying."""
@@ -186,6 +211,8 @@ def test_every_number_has_one_place_on_both_sides(case, tmp_path):
             for link in entry.links:
                 link.their_view(covered).add_(1)
                 link.our_view(hits[link.ours]).add_(1)
+            for constant in entry.constants:
+                constant.their_view(covered).add_(1)
             assert (covered == 1).all(), entry.name
         assert all((hit == 1).all() for hit in hits.values())
 
@@ -235,6 +262,17 @@ def test_a_damaged_tensor_is_named(damage, tmp_path):
         hf.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["gate_up_proj_bias", "down_proj_bias"])
+def test_biases_of_gpt_oss_experts_that_we_do_not_model_are_named(name, tmp_path):
+    theirs("gpt_oss", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"model.layers.1.mlp.experts.{name}"][2, 3] = 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"layers\.1\.mlp\.experts\.{name} is not"):
+        hf.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("case", "change", "says"),
     [
@@ -243,6 +281,8 @@ def test_a_damaged_tensor_is_named(damage, tmp_path):
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type='linear'"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("qwen3", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "layer_types"),
+        ("gpt_oss", {"swiglu_alpha": 1.702}, "swiglu_alpha=1.702"),
+        ("gpt_oss", {"swiglu_limit": 7.0}, "swiglu_limit=7.0"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
         ("deepseek_v3", {"surprise": 1}, "surprise=1"),
         ("llama", {"model_type": "gpt2"}, "model_type 'gpt2'"),

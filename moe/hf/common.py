@@ -28,11 +28,13 @@ def expert_layers(model: Model) -> MoE:
     return model.moe
 
 
-def common_values(model: Model) -> Values:
+def common_values(model: Model, *, sinks: bool = False) -> Values:
+    """Settings that every family has. `sinks`: whether its attention has them, always."""
     attention = model.attention
     require(model.rotary.fraction == 1, f"rotary.fraction={model.rotary.fraction} is not 1")
     if isinstance(attention, GroupedQueryAttention):
-        require(not attention.sinks, "attention.sinks=true")
+        there = "always with them there" if sinks else "none there"
+        require(attention.sinks == sinks, f"attention.sinks={attention.sinks} ({there})".replace("True", "true"))
     dense = {ffn_hidden(model, i) for i in range(model.num_layers) if not is_moe_layer(model, i)}
     require(len(dense) <= 1, f"dense layers of different ffn_hidden {sorted(dense)}")
     return {
@@ -73,7 +75,8 @@ def rotary_of(values: Values) -> Rotary:
         )
         return Rotary(base=base)
     known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
-    unknown = sorted(set(rope) - known - {"mscale", "mscale_all_dim"})
+    unknown = sorted(set(rope) - known - {"mscale", "mscale_all_dim", "truncate"})
+    require(kind != "yarn" or rope.get("truncate", True), "rope_parameters truncate=false")
     require(kind == "yarn", f"rope_type='{kind}' (only 'default' and 'yarn' are modelled)")
     require(not unknown, f"rope_parameters {unknown}")
     return Rotary(

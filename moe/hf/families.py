@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moe.config.schema import Model
-from moe.hf import grouped, latent
+from moe.hf import gpt_oss, grouped, latent
 from moe.hf.common import Values
 from moe.hf.links import Names
 
@@ -106,6 +106,14 @@ FAMILIES: dict[str, Family] = {
             latent.deepseek_v3_model,
             f"{_DEEPSEEK} rope_interleave",
             Names(shared="shared_experts", selection_bias=True),
+        ),
+        _family(
+            "gpt_oss",
+            "GptOssForCausalLM",
+            gpt_oss.gpt_oss_values,
+            gpt_oss.gpt_oss_model,
+            "sliding_window layer_types attention_bias num_local_experts num_experts_per_tok swiglu_alpha swiglu_limit",
+            Names(gpt_oss=True),
         ),
         _family("llama", "LlamaForCausalLM", grouped.llama_values, grouped.llama_model, "attention_bias mlp_bias"),
         _family(

@@ -31,12 +31,21 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """Part of a family's tensor for which we have no parameter, and the one value that stands for its absence."""
+
+    value: float
+    their_view: View = whole
+
+
+@dataclass(frozen=True)
 class Entry:
     """One tensor of a family's files."""
 
     name: str
     shape: tuple[int, ...]
     links: tuple[Link, ...]
+    constants: tuple[Constant, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,8 @@ class Names:
     shared: str = "shared_expert"
     selection_bias: bool = False
     """Whether the router carries a bias that only selects (DeepSeek-V3)."""
+    gpt_oss: bool = False
+    """gpt-oss's layout: a router with a bias, and experts stacked as we stack them, gate and up columns in turn, with biases."""
 
 
 def entries(model: Model, names: Names, *, fused: bool = False) -> Iterator[Entry]:
@@ -93,6 +104,8 @@ def _attention(model: Model, ours: str, theirs: str) -> Iterator[Entry]:
     yield _same(f"{theirs}.o_proj.weight", f"{ours}.out.weight", D, attention.num_heads * H)
     if attention.out_bias:
         yield _same(f"{theirs}.o_proj.bias", f"{ours}.out.bias", D)
+    if attention.sinks:
+        yield _same(f"{theirs}.sinks", f"{ours}.sink_N", attention.num_heads)
     if attention.qk_norm != "none":
         for name, their_name, heads in _norms(attention):
             yield _same(f"{theirs}.{their_name}.weight", f"{ours}.{name}.weight", heads * H)
@@ -157,6 +170,9 @@ def _experts(model: Model, ours: str, theirs: str, names: Names, fused: bool) ->
     moe, D = model.moe, model.dim
     assert moe is not None
     E, F = moe.num_experts, moe.expert_hidden
+    if names.gpt_oss:
+        yield from _gpt_oss(ours, theirs, E, D, F)
+        return
     yield _same(f"{theirs}.gate.weight", f"{ours}.router.weight_ED", E, D)
     if names.selection_bias:
         yield _same(f"{theirs}.gate.e_score_correction_bias", f"{ours}.router.bias_E", E)
@@ -178,6 +194,27 @@ def _experts(model: Model, ours: str, theirs: str, names: Names, fused: bool) ->
         yield from _swiglu(f"{ours}.shared", f"{theirs}.{names.shared}", D, moe.shared_hidden)
         if moe.shared_gate:
             yield _same(f"{theirs}.{names.shared}_gate.weight", f"{ours}.shared_gate.weight", 1, D)
+
+
+def _gpt_oss(ours: str, theirs: str, E: int, D: int, F: int) -> Iterator[Entry]:
+    """Its experts compute (up + 1)·gate·sigmoid(alpha·gate) with biases: a bias of -1 on up, alpha = 1 make that ours."""
+    yield _same(f"{theirs}.router.weight", f"{ours}.router.weight_ED", E, D)
+    yield _same(f"{theirs}.router.bias", f"{ours}.router.logit_bias_E", E)
+    gate, up, down = (f"{ours}.experts.{name}" for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD"))
+    turns = (Link(gate, whole, _even), Link(up, whole, _odd))
+    yield Entry(f"{theirs}.experts.gate_up_proj", (E, D, 2 * F), turns)
+    biases = (Constant(0.0, _even), Constant(-1.0, _odd))
+    yield Entry(f"{theirs}.experts.gate_up_proj_bias", (E, 2 * F), (), biases)
+    yield _same(f"{theirs}.experts.down_proj", down, E, F, D)
+    yield Entry(f"{theirs}.experts.down_proj_bias", (E, D), (), (Constant(0.0),))
+
+
+def _even(tensor: Tensor) -> Tensor:
+    return tensor[..., 0::2]
+
+
+def _odd(tensor: Tensor) -> Tensor:
+    return tensor[..., 1::2]
 
 
 def _transposed(tensor: Tensor) -> Tensor:

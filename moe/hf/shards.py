@@ -57,6 +57,8 @@ def _theirs(entry: Entry, ours: Mapping[str, Tensor], dtype: torch.dtype) -> Ten
     tensor = torch.empty(entry.shape, dtype=dtype)
     for link in entry.links:
         link.their_view(tensor).copy_(link.our_view(ours[link.ours]))
+    for constant in entry.constants:
+        constant.their_view(tensor).fill_(constant.value)
     return tensor
 
 
@@ -135,6 +137,11 @@ def read_into(files: Files, entries: Iterable[Entry], ours: Mapping[str, Tensor]
     """Copy every entry into our tensors, one at a time."""
     for entry in entries:
         theirs = files.tensor(entry.name)
+        for constant in entry.constants:
+            if not bool((constant.their_view(theirs) == constant.value).all()):
+                raise CheckpointError(
+                    f"{entry.name} is not {constant.value:g} everywhere, and we model no such numbers."
+                )
         for link in entry.links:
             link.our_view(ours[link.ours]).copy_(link.their_view(theirs))
 
