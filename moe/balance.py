@@ -48,7 +48,7 @@ def _balance_value(
     if scope == "micro_batch" or (tokens.step_counts_LE is None and tokens.sum_over_ranks is None):
         counts_E = count_rows(routed_R, E)
     elif tokens.step_counts_LE is not None:
-        counts_E = tokens.step_counts_LE[layer]
+        counts_E = tokens.step_counts_LE[layer, :E]
     else:
         assert tokens.sum_over_ranks is not None
         counts_E = tokens.sum_over_ranks(count_rows(routed_R, E))

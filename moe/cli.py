@@ -388,12 +388,15 @@ def prune(
     score: Annotated[
         str, typer.Option(metavar="reap|mean_norm|weighted_norm|frequency|random", help="what to drop by")
     ] = "reap",
+    budget: Annotated[
+        str, typer.Option(metavar="uniform|global", help="as many in each layer, or the best of all")
+    ] = "uniform",
     rows: Annotated[int, typer.Option(min=1, help="rows of training text to look at")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="of that text, and of random scores")] = 0,
 ) -> None:
     """Make a run with fewer experts out of a trained one; 'moe resume' on it is the recovery training."""
     module = import_module("moe.surgery.prune")
-    plan = module.Plan(keep=keep, method=method, score=score, rows=rows, seed=seed)
+    plan = module.Plan(keep=keep, budget=budget, method=method, score=score, rows=rows, seed=seed)
     typer.echo(module.describe(module.prune(folder, out, plan, overrides or []), out))
     typer.echo(f"'moe eval {out}' measures it, 'moe resume {out}' trains it on")
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe.attention import GroupedQuery, KeyValue, Latent, RMSNorm, RotaryEmbedding, attention_mask
-from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer
+from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer, layer_experts
 from moe.init import initialise, off_meta
 from moe.loss import IGNORE, chunked_cross_entropy
 from moe.moe_layer import Linear, MoELayer, SwiGLU
@@ -62,9 +62,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = self.moe = None
         if is_moe_layer(config, layer):
-            assert config.moe is not None
             self.moe = MoELayer(
-                config.moe,
+                layer_experts(config, layer),
                 config.dim,
                 layer=layer,
                 seed=seed,

@@ -11,7 +11,16 @@ from rich.table import Table
 from moe import cost
 from moe.config.layout import Layout, resolve
 from moe.config.load import dump, resolve_router, router_name
-from moe.config.schema import GroupedQueryAttention, Model, Run, balances, expert_widths, ffn_hidden, is_moe_layer
+from moe.config.schema import (
+    GroupedQueryAttention,
+    Model,
+    Run,
+    balances,
+    expert_widths,
+    ffn_hidden,
+    is_moe_layer,
+    layer_experts,
+)
 from moe.config.words import dotted, typed
 from moe.cost.shares import needs_first_pass, stage_parameters
 
@@ -186,7 +195,7 @@ def _layers(run: Run) -> Table:
             _attention(run.model, layer),
             _feed_forward(run.model, layer),
             _number(sum(counts[layer].values())),
-            _number(sum(counts[layer].values()) - _idle(run.model, counts[layer])),
+            _number(sum(counts[layer].values()) - _idle(run.model, layer, counts[layer])),
             _number(sum(flops[layer].values())),
         )
         for layer in range(run.model.num_layers)
@@ -207,9 +216,9 @@ def _attention(model: Model, layer: int) -> str:
 
 
 def _feed_forward(model: Model, layer: int) -> str:
-    moe = model.moe
-    if moe is None or not is_moe_layer(model, layer):
+    if not is_moe_layer(model, layer):
         return f"dense {ffn_hidden(model, layer)}"
+    moe = layer_experts(model, layer)
     shared = f" + shared {moe.shared_hidden}{' gated' if moe.shared_gate else ''}" if moe.shared_hidden else ""
     latent = f" in latent {moe.latent_dim}" if moe.latent_dim else ""
     widths = expert_widths(moe)
@@ -217,10 +226,13 @@ def _feed_forward(model: Model, layer: int) -> str:
     return f"{moe.top_k} of {moe.num_experts} experts of {width}{latent}{shared}"
 
 
-def _idle(model: Model, counts: dict[str, int]) -> int:
+def _idle(model: Model, layer: int, counts: dict[str, int]) -> int:
     """Parameters of the experts that a token does not use; of mean width, where they differ."""
-    moe, experts = model.moe, counts.get("experts", 0)
-    return experts - round(moe.top_k * experts / moe.num_experts) if moe is not None else 0
+    experts = counts.get("experts", 0)
+    if not experts:
+        return 0
+    moe = layer_experts(model, layer)
+    return experts - round(moe.top_k * experts / moe.num_experts)
 
 
 def _number(value: float) -> str:

@@ -366,6 +366,7 @@ EFFECTS: dict[str, Effect] = {
     "model.moe.backend": Effect(calls, "reference", "torch"),
     "model.moe.precision": Effect(losses, "native", "fp8_row", ("model.moe.backend=reference",)),
     "model.moe.first_dense": Effect(parameters, 0, 1),
+    "model.moe.num_experts_per_layer": Effect(parameters, [], [4, 3]),
     "model.moe.every": Effect(parameters, 1, 2),
     # routers
     "model.moe.router[expert_choice]": Effect(losses, "expert_choice", "topk"),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from moe import checkpoint
 from moe.cli import main
 from moe.config.load import load
+from moe.cost import parameters
 from moe.data import prepare
 from moe.errors import ConfigError, UserError
 from moe.model import Transformer
@@ -77,7 +78,7 @@ def test_a_pruned_run_equals_the_whole_one_with_its_other_experts_closed(source)
     """Router rows of the dropped experts sent to -infinity by a large bias direction: the same logits to rounding."""
     uses = look(source, Plan(rows=4))
     plan = Plan(keep=0.5, rows=4)
-    tensors, groups = prune_tensors(source.tensors, uses, plan, 3)
+    tensors, groups = prune_tensors(source.tensors, uses, plan, {0: 3, 1: 3})
     small = pruned_model(source, uses, plan)
     big = source.model()
     ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -176,6 +177,41 @@ def test_a_pruned_run_is_evaluated_resumed_exported_and_pruned_again(method, sou
     assert main(["prune", str(out), "--out", str(tmp_path / "again"), "--keep", "0.67", "--rows", "4"]) == 0
     origin = json.loads((out / "origin.json").read_text())
     assert sum(len(group) for group in origin["experts"]["0"]) == (3 if method == "drop" else 6)
+
+
+def test_a_global_budget_goes_where_the_scores_are():
+    """Layer 0 has four experts of one kind, layer 1 one that matters: relative to the layer's mean, by hand."""
+    ones = torch.ones(4, dtype=torch.float64)
+    even = LayerUse(ones * 10, ones, ones)
+    steep = LayerUse(torch.tensor([37.0, 1, 1, 1]), ones, ones)
+    plan = Plan(keep=0.5, budget="global", score="frequency")
+    assert plan.counts({0: even, 1: steep}, 1) == {0: 3, 1: 1}
+    assert plan.counts({0: even, 1: steep}, 2) == {0: 2, 1: 2}
+    assert Plan(keep=0.5).counts({0: even, 1: steep}, 1) == {0: 2, 1: 2}
+
+
+def test_layers_of_different_numbers_of_experts_train_on_and_are_counted(source, tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in source.tensors.items()}
+    tensors["layers.1.moe.experts.w_down_EFD"][0] *= 30
+    begin_run(tmp_path / "steep", source.run, tensors, {})
+    out, options = tmp_path / "out", ["--budget", "global", "--rows", "4", "train.steps=2"]
+    assert main(["prune", str(tmp_path / "steep"), "--out", str(out), *options]) == 0
+    run = load(out / "run.json")
+    assert run.model.moe is not None
+    each = run.model.moe.num_experts_per_layer
+    assert sum(each) == 6 and len(set(each)) == 2 and max(each) == run.model.moe.num_experts
+    built = Transformer(run.model)
+    assert [len(layer.experts.widths) for _, layer in built.moe_layers()] == list(each)
+    assert parameters(run.model).total == sum(p.numel() for p in built.parameters())
+    assert main(["resume", str(out), "train.micro_rows=2"]) == 0, (
+        "two micro-batches: balance loads are counted over the step"
+    )
+    assert main(["eval", str(out), "--rows", "2"]) == 0
+    assert main(["prune", str(out), "--out", str(tmp_path / "again"), "--keep", "0.7", "--rows", "4"]) == 0
+    assert main(["export", str(out), "--out", str(tmp_path / "hf")]) == 2
+    for wrong, says in (([3, 3, 3], "3 entries for 2"), ([9, 3], "largest"), ([6, 1], "at least top_k")):
+        with pytest.raises(ConfigError, match=says):
+            load(source.run, [f"model.moe.num_experts_per_layer={wrong}"])
 
 
 def test_what_cannot_be_pruned_is_refused_before_anything_is_written(source, tmp_path):

@@ -130,6 +130,7 @@ def _layers(model: Model) -> Iterator[str]:
             f"model.moe.latent_dim ({moe.latent_dim}) must be less than model.dim ({model.dim}), or it only adds two products: "
             f"use latent_dim={max(1, model.dim // 4)}, or 0 for experts in model.dim"
         )
+    yield from _per_layer(model, moe)
     if moe.first_dense >= layers:
         yield (
             f"model.moe.first_dense ({moe.first_dense}) must be less than model.num_layers ({layers}): "
@@ -141,6 +142,25 @@ def _layers(model: Model) -> Iterator[str]:
             f"model.moe.every ({moe.every}) must be at most the {left} layers after first_dense ({moe.first_dense} of "
             f"{layers}), or no layer has experts: use every={left} or less, or model.moe=null for a dense model"
         )
+
+
+def _per_layer(model: Model, moe: MoE) -> Iterator[str]:
+    each, layers = moe.num_experts_per_layer, sum(is_moe_layer(model, i) for i in range(model.num_layers))
+    if not each:
+        return
+    if len(each) != layers:
+        yield (
+            f"model.moe.num_experts_per_layer has {len(each)} entries for {layers} expert layers: give {layers}, or [] to "
+            f"use num_experts ({moe.num_experts}) everywhere"
+        )
+    if max(each) != moe.num_experts or min(each) < moe.top_k:
+        yield (
+            f"model.moe.num_experts_per_layer (from {min(each)} to {max(each)}) must have num_experts ({moe.num_experts}) as "
+            f"its largest and be at least top_k ({moe.top_k}): use num_experts={max(each)} and "
+            f"top_k={min(min(each), moe.top_k)} or less"
+        )
+    if moe.expert_widths:
+        yield "model.moe.num_experts_per_layer and expert_widths exclude each other: use one width, expert_widths=[]"
 
 
 def expert_problems(moe: MoE) -> Iterator[str]:

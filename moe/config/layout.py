@@ -151,7 +151,12 @@ def _expert_ranks(layout: Layout) -> Iterator[str]:
 def _experts(model: Model, layout: Layout) -> Iterator[str]:
     moe, expert = model.moe, layout.expert
     assert moe is not None
-    if moe.num_experts % expert:
+    if len(set(moe.num_experts_per_layer)) > 1:
+        yield (
+            f"parallel.expert ({expert}) needs as many experts in every layer, and model.moe.num_experts_per_layer has from "
+            f"{min(moe.num_experts_per_layer)} to {max(moe.num_experts_per_layer)}: use parallel.shard to spread them"
+        )
+    elif moe.num_experts % expert:
         more = -(-moe.num_experts // expert) * expert
         divisors = [n for n in range(2, layout.stage_ranks + 1) if moe.num_experts % n == 0]
         other = f" or parallel.expert={max(divisors)}" if divisors else " or parallel.expert=1"

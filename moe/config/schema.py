@@ -5,7 +5,7 @@ A class with a `name` field is one member of a family (attention, tokenizer, sou
 command line drops the old member's fields.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -156,6 +156,8 @@ class MoE:
 
     num_experts: PositiveInt
     """E, routed experts in a layer."""
+    num_experts_per_layer: tuple[PositiveInt, ...] = ()
+    """E of each expert layer in their order, when they differ, as after pruning; num_experts is then the largest of them."""
     top_k: PositiveInt
     """K, experts per token (for expert choice: on average)."""
     expert_hidden: PositiveInt
@@ -564,6 +566,16 @@ def is_moe_layer(model: Model, layer: int) -> bool:
     """Whether block `layer` (0-based) has experts."""
     moe = model.moe
     return moe is not None and layer >= moe.first_dense and (layer - moe.first_dense + 1) % moe.every == 0
+
+
+def layer_experts(model: Model, layer: int) -> MoE:
+    """The expert layers' settings as those of block `layer`, which has experts."""
+    moe = model.moe
+    assert moe is not None
+    if not moe.num_experts_per_layer:
+        return moe
+    place = sum(is_moe_layer(model, i) for i in range(layer))
+    return replace(moe, num_experts=moe.num_experts_per_layer[place], num_experts_per_layer=())
 
 
 def expert_dim(model: Model) -> int:

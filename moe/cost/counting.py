@@ -19,6 +19,7 @@ from moe.config.schema import (
     expert_widths,
     ffn_hidden,
     is_moe_layer,
+    layer_experts,
 )
 
 Number = TypeVar("Number", int, float)
@@ -131,8 +132,7 @@ def _block(model: Model, layer: int) -> list[Part]:
     norms = Part("norm", 2 * model.dim, 2 * model.dim, 0)
     if not is_moe_layer(model, layer):
         return [norms, _attention(model), _swiglu("ffn", model.dim, ffn_hidden(model, layer))]
-    moe = model.moe
-    assert moe is not None
+    moe = layer_experts(model, layer)
     router = moe.router.parameters(dim=model.dim, num_experts=moe.num_experts, top_k=moe.top_k)
     rows = moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
     experts = 3 * expert_dim(model) * sum(expert_widths(moe))

@@ -18,6 +18,7 @@ from moe.config.schema import (
     expert_widths,
     ffn_hidden,
     is_moe_layer,
+    layer_experts,
 )
 from moe.cost.shares import (
     Held,
@@ -156,8 +157,7 @@ def block_bytes(model: Model, layer: int, size: int, tokens: int, tensor: int = 
     kept = 2 * _norm_bytes(model.dim, size) + _attention_bytes(model.attention, size) / tensor
     if not is_moe_layer(model, layer):
         return kept + _swiglu_bytes(ffn_hidden(model, layer), size) / tensor
-    moe = model.moe
-    assert moe is not None
+    moe = layer_experts(model, layer)
     rows = moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
     router_input = 0 if size == FLOAT32 else FLOAT32 * model.dim
     router = router_input + 2 * FLOAT32 * moe.num_experts + _choice_bytes(model, layer)

@@ -24,6 +24,8 @@ def expert_layers(model: Model) -> MoE:
     require(model.moe is not None, "a dense model")
     assert model.moe is not None
     require(not model.moe.expert_widths, "widths of single experts (moe.expert_widths)")
+    each = model.moe.num_experts_per_layer
+    require(len(set(each)) <= 1, f"layers of different numbers of experts (moe.num_experts_per_layer={each})")
     require(not model.moe.latent_dim, f"experts in a latent space (moe.latent_dim={model.moe.latent_dim})")
     return model.moe
 

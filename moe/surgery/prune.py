@@ -18,6 +18,7 @@ from moe.surgery.select import best, groups_by_output, groups_by_router, keep_ex
 from moe.surgery.start import Source, begin_run, model_of, read_run
 
 Method = Literal["drop", "merge", "cluster"]
+Budget = Literal["uniform", "global"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
@@ -26,7 +27,9 @@ class Plan:
     """How many experts stay, and how they are chosen."""
 
     keep: float = 0.5
-    """Share of each layer's experts that stays, rounded up."""
+    """Share of the experts that stays, rounded up."""
+    budget: Budget = "uniform"
+    """The same number in every layer; or the best of all layers, by score over the layer's mean, and top_k in each at least."""
     method: Method = "drop"
     """Drop by score; merge by likeness of router logits around the most used; merge clusters of mean outputs."""
     score: Score = "reap"
@@ -41,7 +44,7 @@ class Plan:
             raise UserError(f"{folder} is a dense model, and this prunes experts: give the folder of a sparse run")
         if not 0 < self.keep < 1:
             raise ConfigError(f"keep ({self.keep}) must be between 0 and 1: use e.g. 0.5 for half of the experts")
-        for value, known in ((self.method, METHODS), (self.score, SCORES)):
+        for value, known in ((self.method, METHODS), (self.score, SCORES), (self.budget, get_args(Budget))):
             if value not in known:
                 raise ConfigError(f"{value!r} is unknown: choose {', '.join(known)}")
         if len(set(moe.expert_widths)) > 1:
@@ -50,28 +53,55 @@ class Plan:
             )
         return moe
 
-    def count(self, num_experts: int) -> int:
-        """Experts that stay of `num_experts`."""
-        return math.ceil(num_experts * self.keep - 1e-9)
+    def scores(self, uses: Mapping[int, LayerUse]) -> dict[int, Tensor]:
+        """Each layer's scores."""
+        return {layer: use.score(self.score, seed=self.seed, layer=layer) for layer, use in uses.items()}
+
+    def counts(self, uses: Mapping[int, LayerUse], top_k: int) -> dict[int, int]:
+        """Experts that stay in each layer."""
+        if self.budget == "uniform":
+            return {layer: math.ceil(len(use.rows_E) * self.keep - 1e-9) for layer, use in uses.items()}
+        scores = {layer: score_E / score_E.mean() for layer, score_E in self.scores(uses).items()}
+        total = math.ceil(sum(map(len, scores.values())) * self.keep - 1e-9)
+        counts = dict.fromkeys(scores, top_k)
+        # each layer's best top_k stay in any case; the others of all layers compete
+        rest = sorted(
+            (
+                (float(s), layer)
+                for layer, score_E in scores.items()
+                for s in score_E.sort(descending=True).values[top_k:]
+            ),
+            key=lambda item: (-item[0], item[1]),
+        )
+        for _, layer in rest[: max(0, total - sum(counts.values()))]:
+            counts[layer] += 1
+        return counts
 
 
-def pruned_run(run: Run, count: int) -> Run:
-    """The settings with `count` experts a layer; at most as many are chosen per token as there are."""
+def pruned_run(run: Run, counts: Mapping[int, int]) -> Run:
+    """The settings with so many experts in each layer; at most as many are chosen per token as the fewest."""
     assert run.model.moe is not None
-    moe = replace(run.model.moe, num_experts=count, top_k=min(run.model.moe.top_k, count), expert_widths=())
+    each = tuple(count for _, count in sorted(counts.items()))
+    moe = replace(
+        run.model.moe,
+        num_experts=max(each),
+        num_experts_per_layer=each if len(set(each)) > 1 else (),
+        top_k=min(run.model.moe.top_k, *each),
+        expert_widths=(),
+    )
     hidden = run.model.moe.expert_widths[0] if run.model.moe.expert_widths else moe.expert_hidden
     return replace(run, model=replace(run.model, moe=replace(moe, expert_hidden=hidden)))
 
 
 def prune_tensors(
-    tensors: Mapping[str, Tensor], uses: Mapping[int, LayerUse], plan: Plan, count: int
+    tensors: Mapping[str, Tensor], uses: Mapping[int, LayerUse], plan: Plan, counts: Mapping[int, int]
 ) -> tuple[dict[str, Tensor], dict[int, list[list[int]]]]:
-    """The state with `count` experts a layer, and by block which old experts each new one is made of."""
+    """The state with so many experts in each layer, and by block which old experts each new one is made of."""
     if plan.method == "drop":
-        kept = {layer: best(use.score(plan.score, seed=plan.seed, layer=layer), count) for layer, use in uses.items()}
+        kept = {layer: best(score_E, counts[layer]) for layer, score_E in plan.scores(uses).items()}
         return keep_experts(tensors, kept), {layer: [[e] for e in order] for layer, order in kept.items()}
     find = groups_by_router if plan.method == "merge" else groups_by_output
-    groups = {layer: find(use, count) for layer, use in uses.items()}
+    groups = {layer: find(use, counts[layer]) for layer, use in uses.items()}
     return merge_experts(tensors, groups, uses), groups
 
 
@@ -96,19 +126,17 @@ def prune(folder: Path, out: Path, plan: Plan, overrides: Sequence[str] = ()) ->
     """
     source = read_run(folder)
     moe = plan.check(source.run.model.moe, folder)
-    count = plan.count(moe.num_experts)
-    run = load(pruned_run(source.run, count), overrides)
     uses = look(source, plan)
-    tensors, groups = prune_tensors(source.tensors, uses, plan, count)
+    counts = plan.counts(uses, moe.top_k)
+    run = load(pruned_run(source.run, counts), overrides)
+    tensors, groups = prune_tensors(source.tensors, uses, plan, counts)
     origin = {
         "made_by": "prune",
         "source": str(folder),
         "source_step": source.step,
         "plan": {name: getattr(plan, name) for name in plan.__dataclass_fields__},
         "experts": {str(layer): of_layer for layer, of_layer in groups.items()},
-        "scores": {
-            str(layer): use.score(plan.score, seed=plan.seed, layer=layer).tolist() for layer, use in uses.items()
-        },
+        "scores": {str(layer): score_E.tolist() for layer, score_E in plan.scores(uses).items()},
     }
     begin_run(out, run, tensors, origin)
     return origin
@@ -117,9 +145,9 @@ def prune(folder: Path, out: Path, plan: Plan, overrides: Sequence[str] = ()) ->
 def pruned_model(source: Source, uses: Mapping[int, LayerUse], plan: Plan) -> Transformer:
     """The pruned model alone, for those who compare many."""
     moe = plan.check(source.run.model.moe, source.folder)
-    count = plan.count(moe.num_experts)
-    tensors, _ = prune_tensors(source.tensors, uses, plan, count)
-    return model_of(load(pruned_run(source.run, count)), tensors)
+    counts = plan.counts(uses, moe.top_k)
+    tensors, _ = prune_tensors(source.tensors, uses, plan, counts)
+    return model_of(load(pruned_run(source.run, counts)), tensors)
 
 
 def describe(origin: dict[str, Any], out: Path) -> str:

@@ -188,7 +188,8 @@ def _with_global_counts(state: State, batches: list[Batch], inputs: list[Tokens]
         for batch, tokens in zip(batches, inputs, strict=True):
             call = partial(forward, state, batch, tokens)
             for layer in through_stages(state.ranks, state.model, batch.ids_BS, call).routing:
-                counts_LE[layer.layer] += layer.statistics["counts_E"]
+                counts_E = layer.statistics["counts_E"]
+                counts_LE[layer.layer, : len(counts_E)] += counts_E
     counts_LE = state.ranks.sum(counts_LE)
     return [replace(tokens, step_counts_LE=counts_LE) for tokens in inputs]
 
