@@ -131,6 +131,12 @@ def recovered_table(rows: Rows, steps: int) -> list[str]:
     return [*lines, ""]
 
 
+def median(values: list[float | None]) -> float | None:
+    """None where one was not measured."""
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if len(known) == len(values) else None
+
+
 def sizes(rows: Rows) -> Rows:
     """Mean over seeds of every measured export."""
     groups: dict[tuple[str, float, int], Rows] = defaultdict(list)
@@ -145,7 +151,7 @@ def sizes(rows: Rows) -> Rows:
             "bytes": int(np.mean([r["bytes"] for r in found])),
             "active": found[0]["active"],
             "bits_per_byte": float(np.mean([r["bits_per_byte"] for r in found])),
-            "tokens_per_second": float(np.median([r["tokens_per_second"] for r in found])),
+            "tokens_per_second": median([r["tokens_per_second"] for r in found]),
             "seeds": len(found),
         }
         for (way, keep, bits), found in sorted(groups.items(), key=lambda item: (-item[0][1], -item[0][2]))
@@ -171,10 +177,11 @@ def size_table(table: Rows) -> list[str]:
     ]
     for row in table:
         front = not any(o["bytes"] < row["bytes"] and o["bits_per_byte"] <= row["bits_per_byte"] for o in table)
+        speed = "not measured" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}"
         kind = "bfloat16" if row["bits"] == 16 else f"int{row['bits']}"
         lines.append(
             f"| {row['keep']:.1%} | {kind} | {row['bytes']:,} | {row['active']:,} | {row['bits_per_byte']:.4f} "
-            f"| {row['bits_per_byte'] / best - 1:+.2%} | {row['tokens_per_second']:.0f} | {'yes' if front else ''} |"
+            f"| {row['bits_per_byte'] / best - 1:+.2%} | {speed} | {'yes' if front else ''} |"
         )
     within = [row for row in table if row["bits_per_byte"] <= 1.01 * best]
     if within:

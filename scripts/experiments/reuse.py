@@ -105,14 +105,15 @@ def variants(out: Path, base: Path, steps: int) -> dict[str, Any]:
             task = [
                 f"data.sources={sources}",
                 "data.validation_fraction=0.2",
+                f"train.steps={steps}",
+                "train.optimizer.lr=1e-3",
+                "train.schedule.warmup_steps=2",
+                "train.batch_rows=8",
+                "train.micro_rows=8",
                 "evaluation.rows=16",
                 "evaluation.final_rows=16",
             ]
-            fine_tune(
-                base,
-                folder,
-                [*settings(package, 0, steps, 1e-3, 2)[2:], "train.batch_rows=8", "train.micro_rows=8", *task],
-            )
+            fine_tune(base, folder, task)
         if package not in store.names(place):
             store.put(place, package, folder)
         receipt = json.loads((folder / "origin.json").read_text())
@@ -130,9 +131,9 @@ def variants(out: Path, base: Path, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def page(results: dict[int, dict[str, float]], stored: dict[str, Any], command: str) -> str:
-    """docs/experiments/reuse.md below its hand-written text."""
-    lines = [f"`{command}`: {len(results)} seeds.", "", "## Upcycling", ""]
+def upcycling(results: dict[int, dict[str, float]]) -> list[str]:
+    """The table of the arms."""
+    lines = [f"## Upcycling, {len(results)} seeds", ""]
     lines += [
         "| arm | bits per byte, mean | better than training the dense model on by (95 %) |",
         "| --- | --- | --- |",
@@ -141,11 +142,16 @@ def page(results: dict[int, dict[str, float]], stored: dict[str, Any], command: 
         values = [found[arm] for found in results.values()]
         gain = t_interval([found["dense"] - found[arm] for found in results.values()])
         interval = "" if gain.low is None else f" ({gain.low:+.4f} to {gain.high:+.4f})"
-        lines.append(
-            f"| {arm} | {sum(values) / len(values):.4f} | {'' if arm == 'dense' else f'{gain.mean:+.4f}{interval}'} |"
-        )
+        shown = "" if arm == "dense" else f"{gain.mean:+.4f}{interval}"
+        lines.append(f"| {arm} | {sum(values) / len(values):.4f} | {shown} |")
+    return [*lines, ""]
+
+
+def page(results: dict[int, dict[str, float]], stored: dict[str, Any], command: str) -> str:
+    """docs/experiments/reuse.md below its hand-written text."""
+    lines = [f"`{command}`", "", *(upcycling(results) if results else [])]
     n, eleven = len(stored["variants"]), stored["export_bytes"] * (1 + len(stored["variants"]))
-    lines += ["", "## Storage", "", "| what | bytes | share |", "| --- | --- | --- |"]
+    lines += ["## Storage", "", "| what | bytes | share |", "| --- | --- | --- |"]
     checkpoints = stored["checkpoint_bytes"] * (1 + n)
     for what, size in (
         (f"{n + 1} training checkpoints", checkpoints),
@@ -167,7 +173,11 @@ def main() -> None:
     """Train, fine-tune, report."""
     parser = argparse.ArgumentParser(prog="scripts/experiments/reuse", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/reuse"), help="folder of the runs")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="of the upcycling; 0 for the storage alone, which then needs --base"
+    )
+    parser.add_argument("--base", type=Path, help="sparse run to fine-tune, by default the upcycled one of seed 0")
+    parser.add_argument("--variant-steps", type=int, default=30, help="of each fine-tuning")
     parser.add_argument("--steps", type=int, default=200)
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -176,8 +186,10 @@ def main() -> None:
     for seed in range(given.seeds):
         results[seed] = arms(given.out, seed, given.steps)
         print(seed, results[seed], flush=True)
-    stored = variants(given.out, given.out / "copy-seed0", 30)
+    stored = variants(given.out, given.base or given.out / "copy-seed0", given.variant_steps)
     command = f"bash scripts/experiments/reuse --seeds {given.seeds} --steps {given.steps}"
+    if given.base:
+        command += f" --base runs/pruning/{given.base.name} --variant-steps {given.variant_steps}"
     folder = ROOT / "docs/experiments"
     write_json(
         folder / "reuse.json", {"schema_version": 1, "command": command, "upcycling": results, "storage": stored}
