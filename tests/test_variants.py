@@ -81,6 +81,7 @@ def test_variants_share_what_they_have_in_common(base, tmp_path, capsys):
     experts = json.loads((tmp_path / "tuned" / "origin.json").read_text())["experts"]
     new = {path for path in (place / "blobs").rglob("*") if path.is_file()}
     assert len(new) == first["new_shards"] + 3 * sum(len(chosen) for chosen in experts.values())
+    assert store.size(place, "tuned") < store.size(place) < 2 * store.size(place, "base")
     assert main(["store", "get", str(place), "tuned", "--out", str(tmp_path / "back")]) == 0
     back = read_run(tmp_path / "back").tensors
     assert all(torch.equal(back[n], expected[n]) for n in expected)

@@ -93,6 +93,12 @@ def names(store: Path) -> list[str]:
     return sorted(path.stem for path in (store / "variants").glob("*.json"))
 
 
-def size(store: Path) -> int:
-    """Bytes of all files."""
+def size(store: Path, name: str = "") -> int:
+    """Bytes of all files, or of those that one variant needs."""
+    if name:
+        manifest = store / "variants" / f"{name}.json"
+        document = json.loads(manifest.read_text(encoding="utf-8"))
+        needed = {digest for entry in document["tensors"].values() for digest in entry["shards"]}
+        blobs = sum((store / "blobs" / digest[:2] / digest).stat().st_size for digest in needed)
+        return manifest.stat().st_size + blobs
     return sum(path.stat().st_size for path in store.rglob("*") if path.is_file())

@@ -95,7 +95,6 @@ def variants(out: Path, base: Path, steps: int) -> dict[str, Any]:
         hf.export_run(base, whole)
     if "base" not in store.names(place):
         store.put(place, "base", base)
-    base_bytes = store.size(place)
     for package in PACKAGES:
         folder = out / f"variant-{package}"
         if not (folder / "origin.json").is_file():
@@ -126,7 +125,7 @@ def variants(out: Path, base: Path, steps: int) -> dict[str, Any]:
     export_bytes = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
     checkpoint = sum(p.stat().st_size for p in base.glob("checkpoints/*/*") if p.is_file())
     return {
-        "variants": rows, "store_bytes": store.size(place), "store_base_bytes": base_bytes,
+        "variants": rows, "store_bytes": store.size(place), "store_base_bytes": store.size(place, "base"),
         "export_bytes": export_bytes, "checkpoint_bytes": checkpoint // len(list(base.glob("checkpoints/step_*"))),
     }  # fmt: skip
 
