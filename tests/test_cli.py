@@ -196,6 +196,10 @@ def test_compare_passes_its_options_on(recipe, tmp_path, monkeypatch):
                 "jobs": 2,
                 "lr_grid": [1e-3, 3e-3],
                 "timing_rounds": 7,
+                "contracts": False,
+                "decompose": False,
+                "tune_each": False,
+                "promise": None,
             },
         )
     ]
