@@ -10,8 +10,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, Rotary
 from moe.errors import UserError
 from moe.moe_layer import Linear
-from moe.parallel.parts import part_here
-from moe.parallel.tensor import used_by_heads
+from moe.parallel.parts import part_here, used_by_heads
 from moe.parallel.ulysses import Ulysses
 
 

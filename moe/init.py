@@ -18,11 +18,10 @@ wherever names and shapes agree. Of parameters that end in `_FD`, experts of dif
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moe.random import stable_seed
 
@@ -92,11 +91,15 @@ def _fill(parameter: Tensor, name: str, widths: Sequence[int], seed: int, std: f
 
 def _window(parameter: Tensor) -> tuple[Tensor, torch.Size, tuple[slice, ...]]:
     """This rank's part of a parameter, the whole one's shape, and where the part lies in it."""
-    if not isinstance(parameter, DTensor):
+    cut: Any = parameter
+    if not hasattr(cut, "to_local"):
         return parameter, parameter.shape, (slice(None),) * parameter.ndim
-    sizes, starts = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    # a slow import that only a cut model needs (moe/parallel/parts.py)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, starts = compute_local_shape_and_global_offset(parameter.shape, cut.device_mesh, cut.placements)
     window = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
-    return parameter.to_local(), parameter.shape, window
+    return cut.to_local(), parameter.shape, window
 
 
 def _normal(shape: Sequence[int], std: float, seed: int) -> Tensor:

@@ -216,7 +216,7 @@ def test_every_imported_package_is_a_declared_dependency():
     [
         ("import moe", ("torch", "numpy", "pydantic", "wandb", "datasets")),
         ("import moe.cli", ("transformers", "datasets", "wandb", "triton", "tensorboard")),
-        ("import moe.model", ("triton", "transformers", "datasets", "wandb", "matplotlib")),
+        ("import moe.model", ("triton", "transformers", "datasets", "wandb", "matplotlib", "sympy")),
         ("import moe.train", ("triton", "transformers", "datasets", "wandb", "tensorboard", "matplotlib")),
         ("import moe.analysis.report", ("torch", "triton")),
         ("import moe.analysis.doctor", ("torch", "triton", "matplotlib")),

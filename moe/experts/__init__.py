@@ -13,10 +13,10 @@ rows from Σ widths[:e] to Σ widths[:e+1], so that a slice of rows is an expert
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moe.config.check import low_precision, unequal_widths
 from moe.errors import BackendError
@@ -121,7 +121,9 @@ class Experts(nn.Module):
 
     def _compute(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
         """The backend over this rank's experts."""
-        here = (w.to_local() if isinstance(w, DTensor) else w for w in self.parameters())
+        # parts of a cut model, told by their methods (moe/parallel/parts.py)
+        held: list[Any] = list(self.parameters())
+        here = (w.to_local() if hasattr(w, "to_local") else w for w in held)
         gate, up, down = (w.to(x_TD.dtype) for w in here)
         options = {} if self.precision == "native" else {"precision": self.precision}
         return BACKENDS[self.backend](x_TD, gate, up, down, dispatch, self.packed, **options)

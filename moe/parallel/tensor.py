@@ -5,9 +5,9 @@ whole heads, or hidden units, and one sum over the ranks in each direction of ea
 routed experts included, every rank of the group computes alike from the same tokens: its gradients are the same on each.
 """
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -38,13 +38,6 @@ def share_hidden(ffn: nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(ffn, mesh, {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()})
     inputs = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),))
     parallelize_module(ffn, mesh, inputs)
-
-
-def used_by_heads(x: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """What every rank has and each uses for its own heads: the same values, and the gradient is the sum of the ranks'."""
-    if mesh is None:
-        return x
-    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
 def other_dim(parameter: nn.Parameter) -> Shard | None:
