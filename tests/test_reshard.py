@@ -19,12 +19,13 @@ from moe.parallel import Ranks
 HERE = Path(__file__).parent
 ALONE = "alone"
 ONE = Ranks(0, 1, torch.device("cpu"))
-TWO = ("parallel.replicate=2", "parallel.shard=2", "parallel.expert=2", "parallel.context=2")
+TWO = ("parallel.replicate=2", "parallel.shard=2", "parallel.expert=2", "parallel.context=2", "parallel.tensor=2")
 FOUR = (
     "parallel.shard=4",
     "parallel.expert=4",
     "parallel.replicate=2,parallel.shard=2",
     "parallel.shard=2,parallel.context=2",
+    "parallel.shard=2,parallel.tensor=2",
     "parallel.shard=4,parallel.expert=2",
     "parallel.replicate=2,parallel.shard=2,parallel.expert=2",
 )
@@ -69,7 +70,7 @@ def compare(names: tuple[str, ...], results: dict[str, dict]) -> int:
 def test_one_and_two_ranks_load_what_the_others_saved(tmp_path):
     (tmp_path / "data").mkdir()
     results = work(tmp_path, "save", 1, (ALONE,)) | work(tmp_path, "save,load", 2, TWO)
-    assert compare((ALONE, *TWO), results | work(tmp_path, "load", 1, (ALONE,))) == 20
+    assert compare((ALONE, *TWO), results | work(tmp_path, "load", 1, (ALONE,))) == 30
 
 
 @pytest.mark.full
@@ -78,4 +79,4 @@ def test_one_two_and_four_ranks_load_what_the_others_saved(tmp_path):
     (tmp_path / "data").mkdir()
     results = work(tmp_path, "save", 1, (ALONE,)) | work(tmp_path, "save", 2, TWO)
     results |= work(tmp_path, "save,load", 4, FOUR) | work(tmp_path, "load", 2, TWO)
-    assert compare((ALONE, *TWO, *FOUR), results | work(tmp_path, "load", 1, (ALONE,))) == 110
+    assert compare((ALONE, *TWO, *FOUR), results | work(tmp_path, "load", 1, (ALONE,))) == 156
