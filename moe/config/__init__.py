@@ -1,6 +1,10 @@
 """Settings of a run: their classes, their rules, and the one way to load them.
 
-schema      every setting, as frozen dataclasses
+schema      a run: every setting, as frozen dataclasses, from the next four
+base        how settings are made
+network     of the model
+corpus      of the data
+training    of the loop, the layout, evaluation, saving, reporting, prices
 load        recipe, run.json, dict or Run, with overrides, to a checked Run
 check       rules between fields
 layout      which rank holds what, and its rules
