@@ -1,0 +1,254 @@
+"""Commands that judge runs: compare, promise, report, doctor, probe, ledger, forecast, ladder."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe.cli.common import (
+    ConfidenceOption,
+    CurvesArgument,
+    FrequencyOption,
+    JsonOption,
+    LossOption,
+    OverridesArgument,
+    RecipeArgument,
+    TopKOption,
+    lazy,
+    print_result,
+)
+from moe.errors import ConfigError
+
+app = typer.Typer()
+forecast = typer.Typer(help="Predict a sparse run's final gain over dense from its first per cent.")
+ladder = typer.Typer(help="Predict the gain over dense at a size that has not been trained, from smaller ones.")
+app.add_typer(forecast, name="forecast")
+app.add_typer(ladder, name="ladder")
+
+
+@app.command()
+def compare(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each arm, from the recipe's seed on")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder of runs and report, by default runs/<recipe>-compare")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
+    lr_grid: Annotated[str, typer.Option(metavar="LR,LR,...", help="learning rates to try on the dense arm")] = "",
+    timing_rounds: Annotated[int, typer.Option(min=0, help="timed steps of each arm, interleaved; 0 for none")] = 20,
+    contracts: Annotated[
+        bool,
+        typer.Option("--contracts", help="train the dense twin of equal total parameters too, judge every contract"),
+    ] = False,
+    decompose: Annotated[
+        bool,
+        typer.Option("--decompose", help="train twins with a hash and a frozen random router: capacity or routing?"),
+    ] = False,
+    tune_each: Annotated[
+        bool, typer.Option("--tune-each", help="--lr-grid for every arm, not for the dense one")
+    ] = False,
+    promise: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="what moe promise wrote about this recipe")
+    ] = None,
+) -> None:
+    """Train a recipe and its dense twin of equal FLOPs per token on the same batches, and report which is better."""
+    rates = learning_rates(lr_grid)
+    folder = out if out is not None else Path("runs") / f"{Path(recipe.replace('.py:', '-')).stem}-compare"
+    lazy("moe.experiments.compare", "compare")(
+        recipe,
+        overrides=overrides or [],
+        seeds=seeds,
+        out=folder,
+        jobs=jobs,
+        lr_grid=rates,
+        timing_rounds=timing_rounds,
+        contracts=contracts,
+        decompose=decompose,
+        tune_each=tune_each,
+        promise=promise,
+        console=lazy("rich.console", "Console")(),
+    )
+
+
+@app.command("promise")
+def promise_command(
+    recipe: RecipeArgument,
+    gain: Annotated[float, typer.Option(help="expected gain over dense, bits per byte")],
+    low: Annotated[float, typer.Option(help="low end of its interval: below this the promise is broken")],
+    high: Annotated[float, typer.Option(help="high end")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="new file for the promise")],
+    overrides: OverridesArgument = None,
+    contract: Annotated[
+        str, typer.Option(help="active_parameters, flops, total_parameters, memory, seconds, ...")
+    ] = "flops",
+    error_rate: Annotated[float, typer.Option(help="of the interval")] = 0.1,
+    because: Annotated[str, typer.Option(help="where the numbers are from")] = "",
+) -> None:
+    """Write what a comparison is expected to show, dated and sealed; moe compare --promise FILE is held against it."""
+    made = lazy("moe.experiments.promise", "promise")(
+        recipe,
+        overrides or [],
+        out,
+        gain=gain,
+        low=low,
+        high=high,
+        contract=contract,
+        error_rate=error_rate,
+        because=because,
+    )
+    typer.echo(f"{out}: sealed {made['sha256']} at {made['written']}; publish the seal where its date can be seen")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a comparison")]) -> None:
+    """Rebuild the report of a comparison from its files."""
+    typer.echo(lazy("moe.analysis.report", "build_report")(folder))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a sparse run, finished or not")],
+    json: Annotated[bool, typer.Option("--json", help="print JSON instead of words")] = False,
+) -> None:
+    """Say what is wrong with a run's routing, in which layers, since when, and what to change; exit code 1 if anything is."""
+    analysis = import_module("moe.analysis.doctor")
+    history, findings = analysis.examine(folder)
+    if json:
+        typer.echo(import_module("json").dumps(analysis.as_json(history, findings), indent=2))
+    else:
+        typer.echo(analysis.report(history, findings))
+    if findings:
+        raise typer.Exit(1)
+
+
+@app.command()
+def probe(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a sparse run with a checkpoint")],
+    rows: Annotated[int, typer.Option(min=2, help="validation rows to compare on")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the random choices")] = 0,
+) -> None:
+    """Replace the routing or the experts of the newest checkpoint, and write what that costs to probes.jsonl."""
+    module = import_module("moe.experiments.probe")
+    typer.echo(module.describe(module.probe(folder, rows=rows, seed=seed)))
+    typer.echo(f"written to {folder / 'probes.jsonl'}; 'moe doctor {folder}' reads it")
+
+
+@app.command()
+def ledger(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="folders of runs, or of many at any depth")],
+    next_nats: Annotated[float, typer.Option(min=0, help="also the price of so many nats more; 0 for none")] = 0.01,
+    against: Annotated[Path | None, typer.Option(metavar="DIR", help="a dense run: its cost at equal loss")] = None,
+    region: Annotated[str, typer.Option(help="country of the electricity, or WORLD; else as in each run")] = "",
+    grid: Annotated[float, typer.Option(min=0, help="gCO2e per kWh, instead of a region's")] = 0.0,
+    pue: Annotated[float, typer.Option(min=1, help="power usage effectiveness")] = 1.0,
+    price_per_hour: Annotated[float, typer.Option(min=0, help="USD per device and hour")] = 0.0,
+    price_per_kwh: Annotated[float, typer.Option(min=0, help="USD per kWh")] = 0.0,
+    json: JsonOption = False,
+) -> None:
+    """Sum what runs have used: time, FLOPs, energy, carbon, money, bytes; rates given here replace the runs' own, all of them."""
+    module, prices = import_module("moe.analysis.ledger"), import_module("moe.analysis.ledger_prices")
+    rates = {"grid_gco2e_per_kwh": grid, "price_per_hour": price_per_hour, "price_per_kwh": price_per_kwh}
+    changed = bool(region) or pue != 1 or any(rates.values())
+    cost = lazy("moe.config.schema", "Cost")(region=region or "WORLD", pue=pue, **rates) if changed else None
+    result = module.project(folders, cost)
+    words = [module.describe(result)]
+    if len(result["runs"]) == 1:
+        run = Path(result["runs"][0]["run"])
+        if next_nats and prices.has_tail(run):
+            result["next"] = prices.next_nats(run, next_nats, cost)
+            words.append(prices.describe_next(result["next"]))
+        if against is not None:
+            result["against"] = prices.equal_loss(run, against, cost)
+            words.append(prices.describe_equal(result["against"]))
+    elif against is not None:
+        raise ConfigError(
+            f"--against compares one run with a dense one, found {len(result['runs'])} runs: name one folder"
+        )
+    print_result(result, lambda _: "\n".join(words), json)
+
+
+@forecast.command("backtest")
+def forecast_backtest(
+    curves: CurvesArgument,
+    hold_out: Annotated[str, typer.Option(metavar="SIZE|all", help="model_size_label to predict, or each in turn")],
+    anchor: Annotated[float, typer.Option(help="share of training after which to predict")] = 0.08,
+    fit_on: Annotated[str, typer.Option(metavar="others|smaller", help="sizes to learn from")] = "others",
+    confidence: ConfidenceOption = 0.9,
+    false_alarm_rate: Annotated[float, typer.Option(min=0.001, max=0.5, help="of the alarm, per whole run")] = 0.05,
+    loss: LossOption = "loss_validation",
+    top_k: TopKOption = 1,
+    routing_frequency: FrequencyOption = 0.5,
+    json: JsonOption = False,
+) -> None:
+    """Hold a model size out of a file of loss curves, forecast its runs' final gains from the others, and score that."""
+    module, found = import_module("moe.analysis.forecast_backtest"), import_module("moe.analysis.curves")
+    runs = found.gains(found.read_curves(curves, loss=loss, top_k=top_k, routing_frequency=routing_frequency), anchor)
+    result = module.backtest(runs, hold_out, fit_on=fit_on, confidence=confidence, false_alarm_rate=false_alarm_rate)
+    print_result(result, module.describe, json)
+
+
+@forecast.command("run")
+def forecast_run(
+    sparse: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a sparse run, finished or not")],
+    dense: Annotated[Path, typer.Option(metavar="DIR", help="folder of its dense twin")],
+    past: Annotated[Path, typer.Option(metavar="CSV", help="loss curves of finished runs to learn from")],
+    anchor: Annotated[float, typer.Option(help="share of training after which to predict")] = 0.08,
+    confidence: ConfidenceOption = 0.9,
+    false_alarm_rate: Annotated[float, typer.Option(min=0.001, max=0.5, help="of the alarm, per whole run")] = 0.05,
+    loss: LossOption = "loss_validation",
+    top_k: TopKOption = 1,
+    routing_frequency: FrequencyOption = 0.5,
+    json: JsonOption = False,
+) -> None:
+    """Forecast a run's final gain over its dense twin, learnt from past runs; exit code 1 if it has fallen behind."""
+    module, found = import_module("moe.analysis.forecast_run"), import_module("moe.analysis.curves")
+    runs = found.gains(found.read_curves(past, loss=loss, top_k=top_k, routing_frequency=routing_frequency), anchor)
+    result = module.forecast_run(sparse, dense, runs, confidence=confidence, false_alarm_rate=false_alarm_rate)
+    print_result(result, module.describe, json)
+    if result["alarm"] is not None:
+        raise typer.Exit(1)
+
+
+@ladder.command("backtest")
+def ladder_backtest(
+    curves: CurvesArgument,
+    target: Annotated[str, typer.Option(metavar="SIZE", help="model_size_label to predict from all smaller ones")],
+    confidence: ConfidenceOption = 0.9,
+    loss: LossOption = "loss_validation",
+    top_k: TopKOption = 1,
+    routing_frequency: FrequencyOption = 0.5,
+    json: JsonOption = False,
+) -> None:
+    """Predict a size's final gains from the smaller sizes in a file of loss curves, with and without their optimism."""
+    module, found = import_module("moe.analysis.ladder"), import_module("moe.analysis.curves")
+    runs = found.final_gains(found.read_curves(curves, loss=loss, top_k=top_k, routing_frequency=routing_frequency))
+    print_result(module.backtest(runs, target, confidence=confidence), module.describe, json)
+
+
+@ladder.command("fit")
+def ladder_fit(
+    curves: CurvesArgument,
+    loss: LossOption = "loss_validation",
+    top_k: TopKOption = 1,
+    routing_frequency: FrequencyOption = 0.5,
+    json: JsonOption = False,
+) -> None:
+    """Fit the routed scaling law to each router in a file of loss curves, and the power law to its dense runs."""
+    module, found = import_module("moe.analysis.ladder"), import_module("moe.analysis.curves")
+    result = module.fit_laws(found.read_curves(curves, loss=loss, top_k=top_k, routing_frequency=routing_frequency))
+    print_result(result, module.describe_laws, json)
+
+
+def learning_rates(text: str) -> list[float]:
+    """Learning rates from "1e-3,3e-3"; empty for none. Raises ConfigError."""
+    try:
+        rates = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        rates = [0.0]
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise ConfigError(
+            f"--lr-grid ({text!r}) must be positive numbers with commas between: e.g. --lr-grid 1e-3,3e-3"
+        )
+    return rates
