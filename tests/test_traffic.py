@@ -10,17 +10,26 @@ from math import ceil
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from test_layouts import torchrun
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moe.config.layout import Layout
+from moe.config.layout import Layout, resolve
+from moe.config.load import load
 from moe.config.schema import AdamW, Balance, Data, GroupedQueryAttention, Model, MoE, Parallel, Run, Train
 from moe.cost import memory_bytes, parameters
 from moe.cost.memory import stage_memory
 from moe.cost.shares import needs_first_pass, parameters_per_rank, stage_parameters
 from moe.cost.stages import stages_of
 from moe.cost.traffic import expected_groups, sent_bytes, traffic
+from moe.model import Transformer
+from moe.parallel import Ranks
+from moe.parallel.parts import part_here
 from moe.routers.topk import Config as TopK
+from moe.train.sharding import spread
 
+ROOT = Path(__file__).parents[1]
 D, S, E, K, F, V = 16, 32, 8, 2, 24, 40
 BALANCE = Balance(weight=0.01, scope="sequence")
 
@@ -209,3 +218,23 @@ def test_deduplication_saves_what_the_model_says(cases):
             1 - units[kind]["all_to_all"] / rows[kind]["all_to_all"] for kind in ("measured", "modelled")
         )
         assert saved == pytest.approx(expected, abs=0.01) and expected > 0.05
+
+
+@pytest.mark.parametrize("recipe", ["recipes/qwen3_30b_a3b.py", "recipes/deepseek_v2_lite.py"])
+@pytest.mark.parametrize("sizes", ["tensor=2", "tensor=2 shard=2", "shard=2 expert=4", "tensor=4"])
+def test_what_a_rank_holds_is_what_the_model_says(recipe, sizes):
+    """Parameters of a published model that torch gives to rank 1 of 8, on the meta device, with nobody at the other ranks."""
+    overrides = [f"parallel.{size}" for size in sizes.split()]
+    run = load(str(ROOT / recipe), ["train.batch_rows=8", "train.micro_rows=1", *overrides])
+    layout = resolve(run, 8)
+    dist.init_process_group("fake", rank=1, world_size=8, store=FakeStore())
+    try:
+        ranks = Ranks(1, 8, torch.device("cpu")).arranged(layout)
+        with torch.device("meta"):
+            model = Transformer(run.model)
+        spread(model, run, ranks)
+        held = sum(part_here(parameter).numel() for parameter in model.parameters())
+    finally:
+        dist.destroy_process_group()
+    expected = parameters_per_rank(layout, stage_parameters(run.model, range(run.model.num_layers)))
+    assert held == pytest.approx(expected, rel=1e-6)

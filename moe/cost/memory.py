@@ -124,8 +124,8 @@ def _gathered_bytes(layout: Layout, held: tuple[Held, ...], size: int) -> float:
         return 0.0
     *blocks, around = held
     experts = 1 / layout.expert if layout.expert_shard > 1 else 0.0
-    largest = max(part.matrices / layout.tensor + experts * part.experts for part in blocks)
-    return (2 * size + FLOAT32) * largest + (size + FLOAT32) * around.matrices / layout.tensor
+    largest = max(part.matrices_on(layout.tensor) + experts * part.experts for part in blocks)
+    return (2 * size + FLOAT32) * largest + (size + FLOAT32) * around.matrices_on(layout.tensor)
 
 
 def _exchange_bytes(run: Run, layout: Layout, layer: int, size: int) -> float:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from moe.config.layout import Layout
-from moe.config.schema import Model, Run, balances
+from moe.config.schema import LatentAttention, Model, Run, balances, is_moe_layer
 from moe.cost.counting import Parameters, parameters, vectors_by_layer
 
 
@@ -16,9 +16,16 @@ class Held:
     """The block; -1 for embedding, last norm and head."""
     matrices: int
     """In attention, dense and shared feed-forward layers, embedding and head: cut by FSDP2."""
+    alike: int
+    """Of the matrices, those that tensor parallelism does not cut: around the blocks, down-projections of latent attention,
+    the shared expert's gate, and what latent experts share."""
     whole: int
     """In vectors and the router: on every rank of the stage (moe/train/sharding.py)."""
     experts: int
+
+    def matrices_on(self, tensor: int) -> float:
+        """Elements of the matrices on one of so many tensor ranks."""
+        return self.alike + (self.matrices - self.alike) / tensor
 
 
 def tokens_per_pass(run: Run, layout: Layout) -> int:
@@ -57,14 +64,26 @@ def stage_parameters(model: Model, blocks: range) -> tuple[Held, ...]:
     for layer in blocks:
         parts = counts.layers[layer]
         experts, whole = parts.get("experts", 0), parts.get("router", 0) + vectors[layer]
-        held.append(Held(layer, sum(parts.values()) - whole - experts, whole, experts))
+        held.append(Held(layer, sum(parts.values()) - whole - experts, _alike(model, layer), whole, experts))
     first, last = blocks.start == 0, blocks.stop == model.num_layers
     matrices = counts.components["embedding"] * (first or (last and model.tied_head))
-    return (*held, Held(-1, matrices + last * counts.components["head"], last * model.dim, 0))
+    matrices += last * counts.components["head"]
+    return (*held, Held(-1, matrices, matrices, last * model.dim, 0))
+
+
+def _alike(model: Model, layer: int) -> int:
+    """Elements of a block's matrices that every tensor rank has whole."""
+    attention, D = model.attention, model.dim
+    count = 0
+    if isinstance(attention, LatentAttention):
+        count += D * (attention.q_rank + attention.kv_rank + attention.rope_dim)
+    if model.moe is not None and is_moe_layer(model, layer):
+        count += D * (model.moe.shared_gate + 2 * model.moe.latent_dim)
+    return count
 
 
 def parameters_per_rank(layout: Layout, held: tuple[Held, ...]) -> float:
     """Parameters that a rank keeps, with their gradients and optimizer states."""
-    matrices = sum(part.matrices for part in held) / (layout.tensor * layout.dense_shards)
+    matrices = sum(part.matrices_on(layout.tensor) for part in held) / layout.dense_shards
     experts = sum(part.experts for part in held) / (layout.expert * layout.expert_shard)
     return matrices + sum(part.whole for part in held) + experts

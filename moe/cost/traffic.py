@@ -140,7 +140,7 @@ def _sharded(run: Run, layout: Layout, blocks: range) -> Iterable[Transfer]:
     passes, size, n = accumulation(run, layout), _itemsize(run), layout.dense_shards
     forward = passes + passes * needs_first_pass(run, layout)
     *held, around = stage_parameters(run.model, blocks)
-    matrices, outside = sum(part.matrices for part in held) / layout.tensor, around.matrices / layout.tensor
+    matrices, outside = sum(part.matrices_on(layout.tensor) for part in held), around.matrices_on(layout.tensor)
     gathered = (forward + passes) * matrices + forward * outside
     calls = (forward + passes) * len(held) + forward
     yield _ring("parameters, gathered", "all_gather", n, layout.tensor, calls, size * gathered)
@@ -158,7 +158,7 @@ def _replicated(run: Run, layout: Layout, blocks: range) -> Iterable[Transfer]:
     """Gradients are summed over copies: in buckets after the backward pass, or (HSDP) after each reduce-scatter."""
     held, passes = stage_parameters(run.model, blocks), accumulation(run, layout)
     ranks = layout.stage_ranks // layout.tensor
-    matrices = FLOAT32 * sum(part.matrices for part in held) / (layout.tensor * layout.dense_shards)
+    matrices = FLOAT32 * sum(part.matrices_on(layout.tensor) for part in held) / layout.dense_shards
     experts = FLOAT32 * sum(part.experts for part in held) / (layout.expert * layout.expert_shard)
     whole = FLOAT32 * sum(part.whole for part in held)
     buckets = math.ceil(whole / BUCKET_BYTES)
