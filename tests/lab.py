@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -317,11 +317,15 @@ def travellers(lab: Lab, run: Run) -> Any:
 
 
 def placed(lab: Lab, run: Run) -> Any:
-    """The expert in each slot of two ranks, where the first half of the experts has been busy."""
+    """The expert in each slot of two ranks, where the first half of the experts has been busy; or why there are no two."""
+    try:
+        layout = resolve(run, 2)
+    except ConfigError as error:
+        return str(error)
     folder = Path(lab.write("placed/routing.jsonl", '{"layer": 0, "step": 1, "counts": [9, 9, 1, 1]}\n')).parent
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
-        ranks = replace(Ranks(0, 2, torch.device("cpu")).arranged(resolve(run, 2)), patient=None)
+        ranks = Ranks(0, 2, torch.device("cpu")).arranged(layout)
         with torch.device("meta"):
             model = Transformer(run.model)
         spread(model, run, ranks)
