@@ -125,8 +125,8 @@ def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, max
             layer.update(sums)
     if maxima:
         statistics = list(by_layer(ranks, dict(statistics)).items())
-    # host sync: a count that the log wants
     culprits = culprits if skipped else ()
+    # host sync: a count that the log wants
     return StepResult(loss, losses, lr, grad_norm, int(valid_tokens), skipped, culprits, stops, statistics)
 
 
@@ -251,9 +251,8 @@ def _reduce(
     keys = [(index, name) for index, layer in enumerate(outputs[0].routing) for name in layer.statistics if _sums(name)]
     parts = [_sum_of([o.routing[index].statistics[name] for o in outputs]) for index, name in keys]
     flat = ranks.sum(torch.cat([scalars.double(), *(part.double().flatten() for part in parts)]))
-    values = ranks.sum_over_stages(
-        flat[: len(scalars)]
-    ).tolist()  # host sync: once per step, for the log and the check of finiteness
+    # host sync: once per step, for the log and the check of finiteness
+    values = ranks.sum_over_stages(flat[: len(scalars)]).tolist()
     statistics: list[tuple[int, dict[str, Tensor]]] = [(layer.layer, {}) for layer in outputs[0].routing]
     offset = len(scalars)
     for (index, name), part in zip(keys, parts, strict=True):
