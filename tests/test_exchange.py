@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from exchange_cases import D, E, anywhere, routing_of
+from exchange_cases import D, E, anywhere, experts_of, routing_of
 from test_layouts import torchrun
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from moe.experts.means import output_sums
 from moe.parallel.exchange import Exchange
-from moe.routing import plan
+from moe.routing import Tokens, plan
 
 CASES = Path(__file__).parent / "exchange_cases.py"
 
@@ -65,6 +66,17 @@ def test_evaluation_drops_nothing_where_training_has_fixed_sizes(alone):
     assert int(training.statistics["undelivered_rows"]) == 39
     assert int(evaluation.statistics["undelivered_rows"]) == 0
     assert training.units_UD.sum().isfinite() and evaluation.units_UD.sum().isfinite()
+
+
+def test_means_of_outputs_miss_no_row_where_training_has_fixed_sizes(alone):
+    """All tokens choose one expert, of which `capacity` delivers one row in ten; its mean is over every row all the same."""
+    whole, short = experts_of(None), experts_of(Exchange(alone, E, "capacity", 0.1))
+    x_TD = torch.randn(40, D, dtype=torch.float64)
+    routing = routing_of(torch.zeros(40, 1, dtype=torch.int64), torch.ones(40, 1, dtype=torch.float64), "output")
+    tokens = Tokens.of_hidden(x_TD.view(1, 40, D))
+    sums = [output_sums(experts, None, x_TD, routing, tokens, stride=1) for experts in (whole, short)]
+    torch.testing.assert_close(sums[1]["output_sum_ED"], sums[0]["output_sum_ED"], rtol=1e-12, atol=1e-12)
+    assert int(sums[1]["output_rows_E"][0]) == 40
 
 
 @pytest.mark.parametrize("way", ["capacity", "deduplicated"])

@@ -104,9 +104,14 @@ class Experts(nn.Module):
         """Order a routing's rows as this module's `forward` takes them: by expert, or by where experts are."""
         return plan(routing) if self.exchange is None else self.exchange.plan(routing)
 
-    def start(self, x_TD: Tensor, dispatch: Dispatch) -> Arrival | None:
-        """Send tokens on their way to the ranks that hold their experts; None where all experts are here."""
-        return self.exchange.start(x_TD, dispatch, training=self.training) if self.exchange is not None else None
+    def start(self, x_TD: Tensor, dispatch: Dispatch, *, exact: bool = False) -> Arrival | None:
+        """Send tokens on their way to the ranks that hold their experts; None where all experts are here.
+
+        `exact`: drop nothing, even in training with fixed sizes.
+        """
+        if self.exchange is None:
+            return None
+        return self.exchange.start(x_TD, dispatch, training=self.training and not exact)
 
     def forward(self, x_TD: Tensor, dispatch: Dispatch, arrival: Arrival | None = None) -> Tensor:
         """Gather, compute, weigh and sum: x_TD [T, D] to y_TD [T, D] in the same type.
@@ -115,7 +120,8 @@ class Experts(nn.Module):
         """
         if self.exchange is None:
             return self._compute(x_TD, dispatch)
-        arrival = arrival if arrival is not None else self.exchange.start(x_TD, dispatch, training=self.training)
+        arrival = arrival if arrival is not None else self.start(x_TD, dispatch)
+        assert arrival is not None
         y_UD = self._compute(arrival.units_UD, self.exchange.local(arrival, dispatch))
         return self.exchange.finish(y_UD, arrival, x_TD.shape[0])
 
