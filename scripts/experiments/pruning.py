@@ -22,7 +22,7 @@ from moe import hf, parallel
 from moe.config.load import load
 from moe.cost import parameters
 from moe.data import Corpus, prepare
-from moe.experiments.compare import Planned, state_of
+from moe.experiments.planned import Planned, state_of
 from moe.hf import quantised
 from moe.surgery.prune import Plan, look, prune, pruned_model
 from moe.surgery.scores import SCORES

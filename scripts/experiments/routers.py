@@ -21,7 +21,7 @@ from moe.config.load import known_routers, load
 from moe.config.schema import Run
 from moe.cost import dense_twin
 from moe.data import prepare
-from moe.experiments.compare import Planned, state_of
+from moe.experiments.planned import Planned, state_of
 from moe.experiments.step_timing import interleave
 from moe.files import write_json
 from moe.train import resume, train

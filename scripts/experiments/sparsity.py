@@ -20,7 +20,8 @@ from moe.config.load import load
 from moe.config.schema import Run
 from moe.cost import dense_total_twin, dense_twin
 from moe.experiments.arms import twin_record, with_rate
-from moe.experiments.compare import CONTRACT, TIMING, TRAIN, Planned, find_rate, time_steps, train
+from moe.experiments.compare import CONTRACT
+from moe.experiments.planned import TIMING, TRAIN, Planned, find_rate, time_steps, train
 from moe.files import write_json
 
 ROOT = Path(__file__).parents[2]
