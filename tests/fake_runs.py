@@ -176,6 +176,54 @@ def write_run(
     return directory
 
 
+def write_ledger(directory: Path) -> None:
+    """Write the ledger of a finished run: 10 W estimated, and a price of one dollar an hour."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    known = {"value": 1.0, "grade": "measured", "source": "cost.price_per_hour"}
+    start = {
+        "kind": "start",
+        "rank": 0,
+        "world_size": 1,
+        "device": "cpu",
+        "meters": [{"part": "cpu", "grade": "estimated", "source": "model: 10 W"}],
+        "complete": True,
+        "rates": {
+            "grid": {"value": 480.0, "grade": "assumed", "source": "WORLD"},
+            "pue": {"value": 1.0, "grade": "assumed", "source": "cost.pue"},
+            "per_hour": known,
+            "per_kwh": known | {"value": 0.0, "source": "cost.price_per_kwh"},
+        },
+    }
+    work = [
+        {
+            "kind": "work",
+            "phase": "step",
+            "step": row["step"],
+            "seconds": row["step_seconds"],
+            "joules": {"cpu": 10 * row["step_seconds"]},
+            "peak_memory_bytes": row["memory_bytes"],
+            "tokens": row["tokens"] // row["step"],
+            "flops": 1e9,
+            "flops_grade": "measured",
+        }
+        for row in rows
+    ]
+    write_lines(directory / "ledger.jsonl", [start, *work])
+
+
+def write_forecast(directory: Path) -> None:
+    """Write a run's forecasts at every tenth of training, the last one cut off by a kill."""
+    steps = json.loads((directory / "run.json").read_text())["run"]["train"]["steps"]
+    rows = [
+        {"step": share * steps // 10, "share": share / 10, "gain": 0.01 * share, "low": 0.05 - 0.01 / share}
+        | {"high": 0.05 + 0.01 / share, "forecast": 0.05, "alarm": False}
+        for share in range(1, 10)
+    ]
+    write_lines(directory / "forecast.jsonl", rows)
+    with (directory / "forecast.jsonl").open("a") as file:
+        file.write('{"schema_version": 1, "atte')
+
+
 DENSE, GAINS = (2.767, 2.754, 2.821), (0.081, 0.092, 0.068)
 
 

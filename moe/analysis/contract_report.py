@@ -42,9 +42,8 @@ def judge_comparison(directory: Path, confidence: float = 0.95) -> Json:
     record = read_json(directory / "compare.json", {"arms": (dict,), "seeds": (list,)})
     names = {**record["arms"], **record.get("more_arms", {})}
     runs = {arm: [read_run(directory / name) for name in folders] for arm, folders in names.items()}
-    timings = {arm: _timing(directory, arm) for arm in ("dense", "total")}
     rows = record.get("twin", {}).get("rows_per_token")
-    seconds = _seconds_per_token(timings)
+    seconds = timed_seconds(directory)
     arms = {arm: _arm(arm, found, rows if arm != "dense" else None, seconds.get(arm)) for arm, found in runs.items()}
     sparse, active, total = arms["sparse"], arms["dense"], arms.get("total")
     curves = {arm: [curve(run.path) for run in found] for arm, found in runs.items()}
@@ -56,7 +55,7 @@ def judge_comparison(directory: Path, confidence: float = 0.95) -> Json:
         "learning_rate": record.get("learning_rate"),
         "contracts": [judge(contract, sparse, active, total, confidence) for contract in CONTRACTS],
         "effective_size": None if total is None else effective_size(sparse, active, total, confidence),
-        "speed": _speed(arms, curves, timings["dense"], confidence),
+        "speed": _speed(arms, curves, _timing(directory, "dense"), confidence),
         "crossover": _crossover(curves, seconds),
         "decomposition": [decompose(sparse, active, arms[arm], confidence) for arm in ROUTERLESS if arm in arms],
         "arms": {name: {"loss": arm.loss_S.tolist(), **arm.resources} for name, arm in arms.items()},
@@ -69,9 +68,9 @@ def _timing(directory: Path, arm: str) -> Json | None:
     return read_json(path, {"sparse": (list,), "dense": (list,)}) if path.exists() else None
 
 
-def _seconds_per_token(timings: dict[str, Json | None]) -> dict[str, float]:
-    """Of each timed arm; the total twin was timed against the active one, whose speed in the first timing scales it."""
-    first, second = timings["dense"], timings["total"]
+def timed_seconds(directory: Path) -> dict[str, float]:
+    """Seconds per token of each timed arm; the total twin was timed against the active one, whose own timing scales it."""
+    first, second = _timing(directory, "dense"), _timing(directory, "total")
     if first is None:
         return {}
     found = {arm: 1 / float(np.median(first[arm])) for arm in ("sparse", "dense")}
@@ -159,7 +158,20 @@ def _crossover(curves: dict[str, list[Curve]], seconds: dict[str, float]) -> Jso
 
 def describe(result: Json) -> str:
     """The contracts in words, a line each."""
-    lines = [_contract_line(entry, result) for entry in result["contracts"]]
+    return "\n".join([*(line["sentence"] for line in contract_lines(result)), *other_lines(result)])
+
+
+def contract_lines(result: Json) -> list[Json]:
+    """Of each contract {contract, verdict, sentence}."""
+    return [
+        {"contract": entry["contract"], "verdict": entry["verdict"], "sentence": _contract_line(entry, result)}
+        for entry in result["contracts"]
+    ]
+
+
+def other_lines(result: Json) -> list[str]:
+    """Effective size, speed, crossover and decomposition, a sentence each."""
+    lines = []
     size = result["effective_size"]
     if size is not None:
         if size["parameters"] is None:
@@ -176,7 +188,7 @@ def describe(result: Json) -> str:
             f"Against the {part['twin']} twin: capacity {part['capacity']['mean']:+.4f}{_ends(part['capacity'], '+.4f')}, "
             f"routing {part['routing']['mean']:+.4f}{_ends(part['routing'], '+.4f')} bits per byte{share}."
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _contract_line(entry: Json, result: Json) -> str:

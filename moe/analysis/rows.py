@@ -89,8 +89,8 @@ class RunRows:
 
     @property
     def final_bits(self) -> float:
-        """Bits per byte of the final evaluation; NaN if it was not finite."""
-        bits = self.final["bits_per_byte"]
+        """Bits per byte of the final evaluation; NaN if it was not finite or there is none yet."""
+        bits = self.final["bits_per_byte"] if self.evals else None
         return math.nan if bits is None else float(bits)
 
     @property
@@ -207,19 +207,36 @@ def read_routing(path: Path) -> list[Json]:
     return rows
 
 
-def read_run(directory: Path) -> RunRows:
-    """Read a run directory. Raises UserError naming what is missing or malformed."""
+def read_run(directory: Path, unfinished: Json | None = None) -> RunRows:
+    """Read a run directory. Raises UserError naming what is missing or malformed.
+
+    `unfinished`: of a run without a summary.json that holds, what it would say of the model; what its log says is added, and
+    evaluations may be missing.
+    """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory.")
     header = read_json(directory / "run.json", {"run": (dict,), "meta": (dict,)})
-    routing = directory / "routing.jsonl"
+    routing, evals = directory / "routing.jsonl", directory / "evals.jsonl"
+    metrics = read_lines(directory / "metrics.jsonl", METRICS, _step)
     return RunRows(
         path=directory,
         config=header["run"],
         meta=header["meta"],
-        metrics=read_lines(directory / "metrics.jsonl", METRICS, _step),
+        metrics=metrics,
         routing=read_routing(routing) if routing.exists() else [],
-        evals=read_lines(directory / "evals.jsonl", EVALS, _step_and_kind),
-        summary=read_json(directory / "summary.json", SUMMARY),
+        evals=read_lines(evals, EVALS, _step_and_kind) if unfinished is None or evals.exists() else [],
+        summary=read_json(directory / "summary.json", SUMMARY) if unfinished is None else unfinished | _so_far(metrics),
         final_rows=read_final_rows(directory / "final_rows.npz"),
     )
+
+
+def _so_far(metrics: list[Json]) -> Json:
+    """The totals of a summary, from the steps logged so far."""
+    memory = [row["memory_bytes"] for row in metrics if row.get("memory_bytes")]
+    return {
+        "step": metrics[-1]["step"] if metrics else 0,
+        "tokens": metrics[-1]["tokens"] if metrics else 0,
+        "seconds": math.fsum(row["step_seconds"] for row in metrics),
+        "peak_memory_bytes": max(memory, default=None),
+        "skipped_steps": sum(bool(row.get("skipped")) for row in metrics),
+    }

@@ -102,9 +102,19 @@ def promise_command(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a comparison")]) -> None:
-    """Rebuild the report of a comparison from its files."""
-    typer.echo(lazy("moe.analysis.report", "build_report")(folder))
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="folder of a comparison or a run, or of several")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="where to write; by default the folder itself, of several: report/ beside the first"
+        ),
+    ] = None,
+) -> None:
+    """Write the report of a comparison, of a run, or of any runs side by side, from their files alone; runs may be unfinished."""
+    typer.echo(lazy("moe.analysis.report", "build_report")(folders, out))
 
 
 @app.command()

@@ -1,0 +1,77 @@
+"""Parts that reports of runs and of comparisons share: charts, what differs in the settings, the ledger, the doctor's findings."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moe.analysis.doctor import diagnose
+from moe.analysis.history import read_history
+from moe.analysis.ledger import of_arms
+from moe.analysis.report.budgets import budgets_of
+from moe.analysis.report.curves import curves
+from moe.analysis.report.forecasts import forecast_chart
+from moe.analysis.report.gains import paired_gains
+from moe.analysis.report.loads import heat_maps
+from moe.analysis.report.reading import Arm
+from moe.analysis.rows import Json, RunRows
+from moe.analysis.summaries import flatten
+from moe.errors import UserError
+
+NOT_SETTINGS = ("name", "seed", "logging.promise")
+"""Of a run's config, what differs between seeds or by the comparison's own doing."""
+
+
+def charts(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]], jobs: int = 1) -> Json:
+    """Everything that the page draws: curves, paired gains of the first over the second of each pair, forecasts, heat maps."""
+    budgets = budgets_of(arms, jobs)
+    gains = [paired_gains(of, over, budgets) for of, over in pairs]
+    forecasts = [forecast_chart(run, _twin(run, of, pairs)) for of in arms if of.sparse for run in of.runs]
+    return {
+        **curves(arms, budgets),
+        "gains": [one for one in gains if one is not None],
+        "forecasts": [one for one in forecasts if one is not None],
+        "heat": heat_maps([run for arm in arms if arm.sparse for run in arm.runs]),
+    }
+
+
+def _twin(run: RunRows, arm: Arm, pairs: Sequence[tuple[Arm, Arm]]) -> RunRows | None:
+    """The dense run of the same seed that an arm is paired with first."""
+    others = [b if a is arm else a for a, b in pairs if arm in (a, b)]
+    dense = next((other for other in others if not other.sparse), None)
+    return next((r for r in dense.runs if r.config["seed"] == run.config["seed"]), None) if dense else None
+
+
+def config_table(arms: Sequence[Arm]) -> list[Json]:
+    """Settings that are not alike in all arms: {field, values}, the values in the order of the arms, null where there is none."""
+    settings = [dict(flatten(arm.runs[0].config)) for arm in arms]
+    names = dict.fromkeys(name for one in settings for name in one if name not in NOT_SETTINGS)
+    rows = [{"field": name, "values": [one.get(name) for one in settings]} for name in names]
+    return [row for row in rows if any(value != row["values"][0] for value in row["values"][1:])]
+
+
+def ledger_table(folders: Mapping[str, Sequence[Path]]) -> Json | None:
+    """What the arms have used, and all of them; None where one has no ledger, or one that cannot be read."""
+    try:
+        return of_arms(folders)
+    except UserError:
+        return None
+
+
+def doctors(runs: Sequence[RunRows]) -> list[Json]:
+    """What the doctor says of every sparse run: its findings, or why it cannot say."""
+    found = []
+    for run in runs:
+        if run.config["model"].get("moe") is None:
+            continue
+        entry: Json = {"run": run.path.name, "step": None, "early": False, "findings": [], "why": None}
+        try:
+            history = read_history(run.path)
+            findings = diagnose(history)
+            entry |= {
+                "step": history.step,
+                "early": history.step <= history.grace,
+                "findings": [f.as_json() for f in findings],
+            }
+        except UserError as error:
+            entry["why"] = str(error)
+        found.append(entry)
+    return found

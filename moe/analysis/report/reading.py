@@ -1,0 +1,114 @@
+"""Runs for the report, finished or not, and which of them are one kind of model with several seeds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe import cost
+from moe.analysis.ledger import account
+from moe.analysis.promise import digest
+from moe.analysis.rows import Json, RunRows, read_json, read_run
+from moe.config.load import load
+from moe.errors import UserError
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs of one config that differ in nothing but the seed."""
+
+    name: str
+    runs: tuple[RunRows, ...]
+    """In ascending order of seeds."""
+    flops_per_token: float
+    """Of training, with the expert rows that were really routed; NaN if it is not known."""
+    tokens_per_second: float | None = None
+    """Of an interleaved timing, if there is one."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the model has experts."""
+        return bool(self.runs[0].config["model"].get("moe"))
+
+
+def read_so_far(directory: Path) -> RunRows:
+    """Read a run that may still be going on, or was killed: what its missing or outdated summary.json would say is filled in."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory.")
+    path = directory / "summary.json"
+    if path.exists():
+        run = read_run(directory)
+        if not run.metrics or run.metrics[-1]["step"] <= run.summary["step"]:
+            return run
+    return read_run(directory, _summary(directory))
+
+
+def _summary(directory: Path) -> Json:
+    """What summary.json says of a run, as far as its settings say it; the rest is added from its log by `read_run`."""
+    config = read_json(directory / "run.json", {"run": (dict,), "meta": (dict,)})["run"]
+    try:
+        run = load(config)
+    except UserError:  # of another version: its log can still be read
+        return {
+            "status": "unfinished",
+            "parameters_total": None,
+            "parameters_active": None,
+            "train_flops_per_token": math.nan,
+        }
+    parameters = cost.parameters(run.model)
+    return {
+        "status": "unfinished",
+        "parameters_total": parameters.total,
+        "parameters_active": parameters.active,
+        "train_flops_per_token": cost.train_flops_per_token(run.model, run.data.sequence_length),
+    }
+
+
+def ledger_of(run: RunRows) -> Json | None:
+    """What a run has used, by its ledger; None where it has none that can be read."""
+    try:
+        return account(run.path)
+    except UserError:
+        return None
+
+
+def kind_of(run: RunRows) -> str:
+    """A digest of everything in a run's settings that seeds of one arm share."""
+    config = {name: value for name, value in run.config.items() if name not in ("name", "seed", "logging", "cost")}
+    return digest(config)
+
+
+def grouped(runs: Sequence[RunRows]) -> dict[str, list[RunRows]]:
+    """Runs by arm, in the order given: those that differ in the seed only are one arm, named by what their folders share."""
+    kinds: dict[str, list[RunRows]] = {}
+    for run in runs:
+        kinds.setdefault(kind_of(run), []).append(run)
+    arms: dict[str, list[RunRows]] = {}
+    for members in kinds.values():
+        members.sort(key=lambda run: run.config["seed"])
+        seeds = [run.config["seed"] for run in members]
+        if len(set(seeds)) < len(seeds):  # the same run twice over, or repeated: no arm of several seeds
+            arms |= {_free(run.path.name, arms, run.path): [run] for run in members}
+        else:
+            arms[_free(_shared_name(members), arms, members[0].path)] = members
+    return arms
+
+
+def _shared_name(runs: Sequence[RunRows]) -> str:
+    """The beginning that the runs' folders share, without `seed` and separators at its end."""
+    names = [run.path.resolve().name for run in runs]
+    if len(names) == 1:
+        return names[0]
+    length = next(
+        (i for i, letters in enumerate(zip(*names, strict=False)) if len(set(letters)) > 1), min(map(len, names))
+    )
+    name = names[0][:length].rstrip("0123456789")
+    return name.removesuffix("seed").rstrip("-_. ") or names[0]
+
+
+def _free(name: str, taken: dict[str, list[RunRows]], path: Path) -> str:
+    """The name, or one with the folder before it if two arms would have the same."""
+    while name in taken:
+        path = path.resolve().parent
+        name = f"{path.name}/{name}" if path.name else f"{name}'"
+    return name
