@@ -155,7 +155,9 @@ def find_rate(plans: dict[float, Planned], *, jobs: int, command: Sequence[str],
         tried.append((lr, bits if math.isfinite(bits) else None))
     finite = [(bits, lr) for lr, bits in tried if bits is not None]
     if not finite:
-        raise UserError(f"{next(iter(plans.values())).run.name} diverged at every learning rate of {sorted(plans)}: try smaller ones.")
+        raise UserError(
+            f"{next(iter(plans.values())).run.name} diverged at every learning rate of {sorted(plans)}: try smaller ones."
+        )
     best = min(finite)[1]
     say(
         f"learning rate {best:g}: lowest final loss of {plans[best].run.name} among "
