@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, Rotary
+from moe.config.schema import GroupedQueryAttention, LatentAttention, Llama3Scaling, Model, Rotary
 from moe.errors import UserError
 from moe.moe_layer import Linear
 from moe.parallel.parts import part_here, used_by_heads
@@ -31,17 +31,32 @@ def rotary_frequencies(rotary: Rotary, rotated_dim: int) -> Tensor:
     exponent = torch.arange(0, rotated_dim, 2, dtype=torch.float64) / rotated_dim
     frequency = rotary.base**-exponent
     yarn = rotary.yarn
+    if rotary.llama3 is not None:
+        frequency = _stretched(frequency, rotary.llama3)
     if yarn is None:
-        return frequency.float()
+        return (frequency / rotary.linear).float()
 
     def pair_of(rotations: float) -> float:
         """Index of the pair that turns `rotations` times over the original context."""
         return rotated_dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rotary.base))
 
-    low, high = max(math.floor(pair_of(yarn.beta_fast)), 0), min(math.ceil(pair_of(yarn.beta_slow)), rotated_dim - 1)
+    low, high = pair_of(yarn.beta_fast), pair_of(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated_dim - 1)
     pairs = torch.arange(rotated_dim // 2, dtype=torch.float64)
-    interpolated = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    # an original context shorter than a turn ends the ramp below its start: the quotient is then negative, so nothing is
+    # interpolated, as in the paper's code
+    interpolated = ((pairs - low) / (high - low or 0.001)).clamp(0, 1)
     return (frequency / yarn.factor * interpolated + frequency * (1 - interpolated)).float()
+
+
+def _stretched(frequency: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Llama 3.1's frequencies: a wavelength's turns within the original context decide how much of it is stretched."""
+    turns = scaling.original_length * frequency / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return frequency * kept + frequency / scaling.factor * (1 - kept)
 
 
 def yarn_temperature(factor: float, coefficient: float) -> float:
@@ -217,13 +232,14 @@ class Latent(nn.Module):
         self.config = config
         self.tensor: DeviceMesh | None = None
         query_dim = N * (config.nope_dim + config.rope_dim)
-        self.query_down = Linear(D, config.q_rank, bias=False) if config.q_rank else None
-        self.query_norm = RMSNorm(config.q_rank, model.norm_eps) if config.q_rank else None
+        bias, eps = config.bias, config.norm_eps or model.norm_eps
+        self.query_down = Linear(D, config.q_rank, bias=bias) if config.q_rank else None
+        self.query_norm = RMSNorm(config.q_rank, eps) if config.q_rank else None
         self.query = Linear(config.q_rank or D, query_dim, bias=False)
-        self.kv_down = Linear(D, config.kv_rank + config.rope_dim, bias=False)
-        self.kv_norm = RMSNorm(config.kv_rank, model.norm_eps)
+        self.kv_down = Linear(D, config.kv_rank + config.rope_dim, bias=bias)
+        self.kv_norm = RMSNorm(config.kv_rank, eps)
         self.kv = Linear(config.kv_rank, N * (config.nope_dim + config.value_dim), bias=False)
-        self.out = Linear(N * config.value_dim, D, bias=False)
+        self.out = Linear(N * config.value_dim, D, bias=bias)
         yarn = model.rotary.yarn
         whole = yarn_temperature(yarn.factor, yarn.mscale_all_dim) if yarn is not None else 1.0
         self.scale = whole * whole / math.sqrt(config.nope_dim + config.rope_dim)

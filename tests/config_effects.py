@@ -206,6 +206,7 @@ def tokenizer_file(name: str, words: str) -> Callable[[Lab], str]:
 GROUPED = {"name": "grouped_query", "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
 LATENT_ATTENTION = {"name": "latent", "num_heads": 2, "kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 4}
 LATENT = tuple(f"model.attention.{name}={value}" for name, value in LATENT_ATTENTION.items())
+LLAMA3 = ('model.rotary.llama3={"factor": 8, "original_length": 16}',)
 YARN = ('model.rotary.yarn={"factor": 4, "original_length": 4096}',)
 HUB = ("data.sources.0=hub", "data.sources.0.dataset=json", two_fields)
 FOLDER = ("data.sources.0=hub", lambda lab: f"data.sources.0.dataset={local_dataset(lab)}")
@@ -346,8 +347,16 @@ EFFECTS: dict[str, Effect] = {
     "model.attention[latent].nope_dim": Effect(parameters, 4, 8, without(LATENT, "model.attention.nope_dim")),
     "model.attention[latent].rope_dim": Effect(parameters, 4, 8, without(LATENT, "model.attention.rope_dim")),
     "model.attention[latent].value_dim": Effect(parameters, 4, 8, without(LATENT, "model.attention.value_dim")),
+    "model.attention[latent].bias": Effect(parameters, False, True, LATENT),
+    "model.attention[latent].norm_eps": Effect(losses, 0.0, 0.1, LATENT),
     "model.rotary.base": Effect(losses, 10_000.0, 100.0),
     "model.rotary.fraction": Effect(losses, 1.0, 0.5),
+    "model.rotary.linear": Effect(losses, 1.0, 4.0),
+    "model.rotary.llama3": Effect(losses, None, {"factor": 8.0, "original_length": 16}),
+    "model.rotary.llama3.factor": Effect(losses, 8.0, 2.0, LLAMA3),
+    "model.rotary.llama3.original_length": Effect(losses, 16, 64, LLAMA3),
+    "model.rotary.llama3.low_freq_factor": Effect(losses, 1.0, 0.5, LLAMA3),
+    "model.rotary.llama3.high_freq_factor": Effect(losses, 4.0, 8.0, LLAMA3),
     "model.rotary.yarn": Effect(losses, None, {"factor": 4.0, "original_length": 64}),
     "model.rotary.yarn.factor": Effect(losses, 4.0, 2.0, ('model.rotary.yarn={"factor": 4, "original_length": 4096}',)),
     "model.rotary.yarn.original_length": Effect(losses, 4096, 64, YARN),
@@ -355,6 +364,7 @@ EFFECTS: dict[str, Effect] = {
     "model.rotary.yarn.beta_slow": Effect(losses, 1.0, 16.0, YARN),
     "model.rotary.yarn.mscale": Effect(losses, 1.0, 0.5, YARN),
     "model.rotary.yarn.mscale_all_dim": Effect(losses, 0.0, 0.5, YARN),
+    "model.rotary.yarn.truncate": Effect(losses, True, False, YARN),
     "model.moe": Effect(parameters, None, {"num_experts": 2, "top_k": 1, "expert_hidden": 8, "router": "hash"}),
     "model.moe.num_experts": Effect(parameters, 4, 8),
     "model.moe.top_k": Effect(losses, 2, 3),
@@ -368,6 +378,7 @@ EFFECTS: dict[str, Effect] = {
     "model.moe.first_dense": Effect(parameters, 0, 1),
     "model.moe.num_experts_per_layer": Effect(parameters, [], [4, 3]),
     "model.moe.every": Effect(parameters, 1, 2),
+    "model.moe.dense_layers": Effect(parameters, [], [1]),
     # routers
     "model.moe.router[expert_choice]": Effect(losses, "expert_choice", "topk"),
     "model.moe.router[hash]": Effect(losses, "hash", "random"),

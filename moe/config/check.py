@@ -98,7 +98,14 @@ def _rotary(run: Run) -> Iterator[str]:
                 f"model.rotary.fraction ({rotary.fraction}) of head_dim ({attention.head_dim}) is {dims:.6g} dimensions"
                 f", and must be an even number of at least 2: {way_out}"
             )
-    yarn = rotary.yarn
+    yarn, llama3 = rotary.yarn, rotary.llama3
+    if (yarn is not None) + (llama3 is not None) + (rotary.linear != 1) > 1:
+        yield "model.rotary.linear, yarn and llama3 exclude each other: keep one, with linear=1, yarn=null, llama3=null"
+    if llama3 is not None and llama3.high_freq_factor <= llama3.low_freq_factor:
+        yield (
+            f"model.rotary.llama3.high_freq_factor ({llama3.high_freq_factor}) must be greater than low_freq_factor "
+            f"({llama3.low_freq_factor}): use Llama 3.1's 4 and 1"
+        )
     if yarn is None:
         return
     if yarn.factor < 1:
@@ -135,6 +142,16 @@ def _layers(model: Model) -> Iterator[str]:
         yield (
             f"model.moe.first_dense ({moe.first_dense}) must be less than model.num_layers ({layers}): "
             f"use first_dense={layers - 1} or less, or model.moe=null for a dense model"
+        )
+    elif any(not moe.first_dense <= layer < layers for layer in moe.dense_layers):
+        yield (
+            f"model.moe.dense_layers ({list(moe.dense_layers)}) must be layers from first_dense ({moe.first_dense}) to "
+            f"{layers - 1}: remove the others, which have no effect"
+        )
+    elif not any(is_moe_layer(model, layer) for layer in range(layers)) and moe.dense_layers:
+        yield (
+            f"model.moe.dense_layers ({list(moe.dense_layers)}) leaves no layer with experts: leave one out, or use "
+            "model.moe=null for a dense model"
         )
     elif not any(is_moe_layer(model, layer) for layer in range(layers)):
         left = layers - moe.first_dense

@@ -25,6 +25,22 @@ class Yarn:
     """Attention temperature coefficient applied to the rotary part (DeepSeek-V2's name)."""
     mscale_all_dim: NonNegativeFloat = 0.0
     """Coefficient that, if not 0, scales the softmax over all dimensions instead (DeepSeek-V2)."""
+    truncate: bool = True
+    """Round the ramp's ends to whole pairs of dimensions (gpt-oss does not)."""
+
+
+@config
+class Llama3Scaling:
+    """Llama 3.1's context extension: long wavelengths are stretched, short ones kept (arXiv 2407.21783; Meta's code)."""
+
+    factor: PositiveFloat
+    """What the longest wavelengths are multiplied by."""
+    original_length: PositiveInt
+    """Context length of the original training, in tokens."""
+    low_freq_factor: PositiveFloat = 1.0
+    """Wavelengths above original_length over this are stretched whole."""
+    high_freq_factor: PositiveFloat = 4.0
+    """Wavelengths below original_length over this are kept; those between are mixed."""
 
 
 @config
@@ -35,8 +51,12 @@ class Rotary:
     """Base of the geometric frequency series."""
     fraction: Annotated[float, Gt(0), Le(1)] = 1.0
     """Share of each head's dimensions that is rotated, from the front."""
+    linear: PositiveFloat = 1.0
+    """Positions are divided by this (position interpolation, arXiv 2306.15595)."""
     yarn: Yarn | None = None
     """Context extension, or none."""
+    llama3: Llama3Scaling | None = None
+    """Llama 3.1's context extension, or none."""
 
 
 @config
@@ -79,6 +99,10 @@ class LatentAttention:
     """Size of the rotary part, one key for all heads; even."""
     value_dim: PositiveInt
     """Size of a head's value."""
+    bias: bool = False
+    """Bias on the projections down to the ranks and on the output projection."""
+    norm_eps: NonNegativeFloat = 0.0
+    """As model.norm_eps, for the norms of the low-rank vectors; 0: that one."""
 
 
 Attention = Annotated[GroupedQueryAttention | LatentAttention, Discriminator("name")]
@@ -151,6 +175,8 @@ class MoE:
     """Layers at the bottom that keep a dense FFN."""
     every: PositiveInt = 1
     """Among the layers after first_dense, every n-th is an expert layer (the n-th, 2n-th, ...)."""
+    dense_layers: tuple[NonNegativeInt, ...] = ()
+    """Further layers that keep a dense FFN, by index from 0 (Qwen's mlp_only_layers)."""
 
 
 @config
@@ -194,7 +220,9 @@ def balances(router: RouterConfig) -> list[tuple[str, Balance]]:
 def is_moe_layer(model: Model, layer: int) -> bool:
     """Whether block `layer` (0-based) has experts."""
     moe = model.moe
-    return moe is not None and layer >= moe.first_dense and (layer - moe.first_dense + 1) % moe.every == 0
+    if moe is None or layer < moe.first_dense or layer in moe.dense_layers:
+        return False
+    return (layer - moe.first_dense + 1) % moe.every == 0
 
 
 def layer_experts(model: Model, layer: int) -> MoE:

@@ -173,12 +173,13 @@ def _grouped_query(attention: GroupedQueryAttention, dim: int) -> tuple[int, int
 
 
 def _latent(attention: LatentAttention, dim: int) -> tuple[int, int]:
-    """Weights in matrices, and in the norms of the low-rank vectors (DeepSeek-V2, arXiv 2405.04434, appendix C)."""
+    """Weights in matrices, and in biases and the norms of the low-rank vectors (DeepSeek-V2, arXiv 2405.04434, appendix C)."""
     N, rank = attention.num_heads, attention.kv_rank
     queries = N * (attention.nope_dim + attention.rope_dim)
     query_matrices = (dim + queries) * attention.q_rank if attention.q_rank else dim * queries
     key_matrices = dim * (rank + attention.rope_dim) + rank * N * (attention.nope_dim + attention.value_dim)
-    return query_matrices + key_matrices + N * attention.value_dim * dim, attention.q_rank + rank
+    biases = attention.bias * (attention.q_rank + rank + attention.rope_dim + dim)
+    return query_matrices + key_matrices + N * attention.value_dim * dim, attention.q_rank + rank + biases
 
 
 def _score_flops(model: Model, layer: int, sequence_length: int, causal_half: bool) -> float:

@@ -1,18 +1,10 @@
-"""What all families' configurations share: widths, the rotary embedding, and the refusal of what cannot be said."""
+"""What all families' configurations share: widths, windows, and the refusal of what cannot be said."""
 
 from typing import Any
 
-from moe.config.schema import GroupedQueryAttention, Model, MoE, Rotary, RouterConfig, Yarn, ffn_hidden, is_moe_layer
-from moe.errors import ConfigError
-
-Values = dict[str, Any]
-"""A family's configuration, as config.json has it."""
-
-
-def require(condition: bool, what: str) -> None:
-    """Raise ConfigError with `what` there is that the other side cannot express, unless the condition holds."""
-    if not condition:
-        raise ConfigError(what)
+from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, MoE, RouterConfig, ffn_hidden, is_moe_layer
+from moe.hf.refuse import Values, require
+from moe.hf.rope import rope_values, rotary_of
 
 
 def router_name(router: RouterConfig) -> str:
@@ -48,54 +40,32 @@ def common_values(model: Model, *, sinks: bool = False) -> Values:
         "rms_norm_eps": model.norm_eps,
         "tie_word_embeddings": model.tied_head,
         "hidden_act": "silu",
-        "rope_parameters": rope_values(model.rotary),
+        "rope_parameters": rope_values(model, latent=isinstance(attention, LatentAttention)),
     }
 
 
-def rope_values(rotary: Rotary) -> Values:
-    yarn = rotary.yarn
-    if yarn is None:
-        return {"rope_type": "default", "rope_theta": rotary.base}
-    return {
-        "rope_type": "yarn",
-        "rope_theta": rotary.base,
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_length,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-        "mscale": yarn.mscale,
-        "mscale_all_dim": yarn.mscale_all_dim,
-    }
+def windows_of(kinds: list[str], size: int | None) -> tuple[int, ...]:
+    """Attention windows of layers of these `layer_types`, as the shortest tuple that repeats to them."""
+    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    require(not unknown, f"layer_types {unknown}")
+    sliding = "sliding_attention" in kinds
+    require(not sliding or bool(size), f"sliding_attention with sliding_window={size}")
+    windows = tuple(size or 0 if kind == "sliding_attention" else 0 for kind in kinds)
+    period = next(n for n in range(1, len(windows) + 1) if all(w == windows[i % n] for i, w in enumerate(windows)))
+    return windows[:period]
 
 
-def rotary_of(values: Values) -> Rotary:
-    rope = dict(values.get("rope_parameters") or {})
-    kind, base = rope.get("rope_type", "default"), float(rope.get("rope_theta", 10_000.0))
-    if kind == "default":
-        require(
-            rope.get("partial_rotary_factor", 1.0) == 1.0, f"partial_rotary_factor={rope.get('partial_rotary_factor')}"
-        )
-        return Rotary(base=base)
-    known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
-    unknown = sorted(set(rope) - known - {"mscale", "mscale_all_dim", "truncate"})
-    require(kind != "yarn" or rope.get("truncate", True), "rope_parameters truncate=false")
-    require(kind == "yarn", f"rope_type='{kind}' (only 'default' and 'yarn' are modelled)")
-    require(not unknown, f"rope_parameters {unknown}")
-    return Rotary(
-        base=base,
-        yarn=Yarn(
-            factor=float(rope["factor"]),
-            original_length=int(rope["original_max_position_embeddings"]),
-            beta_fast=float(rope.get("beta_fast") or 32.0),
-            beta_slow=float(rope.get("beta_slow") or 1.0),
-            mscale=float(rope.get("mscale") or 1.0),
-            mscale_all_dim=float(rope.get("mscale_all_dim") or 0.0),
-        ),
-    )
+def window_values(windows: tuple[int, ...], layers: int) -> tuple[int | None, list[str]]:
+    """The inverse: the one size of all windows, or None, and the `layer_types`."""
+    each = [windows[i % len(windows)] for i in range(layers)]
+    sizes = set(each) - {0}
+    require(len(sizes) <= 1, f"attention.windows={windows} (one size there)")
+    return (sizes.pop() if sizes else None), ["sliding_attention" if window else "full_attention" for window in each]
 
 
 def base_model(values: Values, **changes: Any) -> Model:
-    require(values.get("hidden_act") == "silu", f"hidden_act={values.get('hidden_act')!r} (only 'silu' is modelled)")
+    act = values.get("hidden_act")
+    require(act in ("silu", "swish"), f"hidden_act={act!r} (only 'silu' is modelled)")
     settings: Values = {
         "vocab_size": values["vocab_size"],
         "dim": values["hidden_size"],
@@ -103,6 +73,6 @@ def base_model(values: Values, **changes: Any) -> Model:
         "ffn_hidden": values["intermediate_size"],
         "norm_eps": values["rms_norm_eps"],
         "tied_head": values["tie_word_embeddings"],
-        "rotary": rotary_of(values),
+        "rotary": rotary_of(values, latent=isinstance(changes["attention"], LatentAttention)),
     }
     return Model(**{**settings, **changes})

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,12 @@ def load(folder: str | Path, *, dtype: str = "float32") -> Transformer:
     folder = Path(folder)
     family, model = read_config(folder)
     with quantised.Held(folder) if (folder / quantised.FILE).is_file() else Files(folder) as files:
-        fused = any(name.endswith(".experts.gate_up_proj") for name in files.names())
-        table = list(entries(model, family.names, fused=fused))
         names = files.names()
+        fused = any(name.endswith(".experts.gate_up_proj") for name in names)
+        naming = family.names
+        if fused and any(".mlp.experts.gate_up_proj" in name for name in names):
+            naming = replace(naming, moe="mlp")  # the names of transformers' modules, where its files have older ones
+        table = list(entries(model, naming, fused=fused))
         if model.tied_head and "lm_head.weight" in names:
             _check_tied(files)
         check_names(files, table, lambda name: _ignored(name, model))
@@ -197,6 +201,8 @@ def read_config(folder: Path) -> tuple[Family, Model]:
     if strange:
         listed = ", ".join(f"{key}={values[key]!r}" for key in strange)
         raise ConfigError(f"{folder / 'config.json'} has settings that we do not model: {listed}")
+    if not values.get("rope_interleave", True):
+        family = replace(family, names=replace(family.names, rotary_pairs=False))
     try:
         return family, family.to_model(values)
     except ConfigError as error:

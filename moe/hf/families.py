@@ -82,14 +82,14 @@ FAMILIES: dict[str, Family] = {
             "Qwen2MoeForCausalLM",
             grouped.qwen2_moe_values,
             grouped.qwen2_moe_model,
-            f"{_QWEN} qkv_bias shared_expert_intermediate_size use_sliding_window layer_types",
+            f"{_QWEN} qkv_bias shared_expert_intermediate_size use_sliding_window sliding_window layer_types",
         ),
         _family(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
             grouped.qwen3_moe_values,
             grouped.qwen3_moe_model,
-            f"{_QWEN} attention_bias use_sliding_window",
+            f"{_QWEN} attention_bias use_sliding_window sliding_window",
         ),
         _family(
             "deepseek_v2",
@@ -121,7 +121,7 @@ FAMILIES: dict[str, Family] = {
             "Qwen3ForCausalLM",
             grouped.qwen3_values,
             grouped.qwen3_model,
-            "attention_bias use_sliding_window layer_types",
+            "attention_bias use_sliding_window sliding_window layer_types",
         ),
     )
 }

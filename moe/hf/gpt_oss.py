@@ -10,7 +10,16 @@ from typing import Any
 
 from moe.config.load import router_config
 from moe.config.schema import Balance, GroupedQueryAttention, Model, MoE, is_moe_layer
-from moe.hf.common import Values, base_model, common_values, expert_layers, require, router_name
+from moe.hf.common import (
+    Values,
+    base_model,
+    common_values,
+    expert_layers,
+    require,
+    router_name,
+    window_values,
+    windows_of,
+)
 
 NO_LIMIT = 1e30
 """A clamp that nothing reaches."""
@@ -30,17 +39,15 @@ def gpt_oss_values(model: Model) -> Values:
     require(moe.shared_hidden == 0, f"a shared expert (shared_hidden={moe.shared_hidden})")
     require(attention.qk_norm == "none", f"attention.qk_norm='{attention.qk_norm}' (always 'none' there)")
     require(attention.qkv_bias == attention.out_bias, "attention.qkv_bias and attention.out_bias that differ")
-    windows = [attention.windows[i % len(attention.windows)] for i in range(model.num_layers)]
-    sizes = set(windows) - {0}
-    require(len(sizes) <= 1, f"attention.windows={attention.windows} (one size there)")
+    size, kinds = window_values(attention.windows, model.num_layers)
     return {
         **common_values(model, sinks=True),
         "intermediate_size": moe.expert_hidden,
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": attention.head_dim,
         "attention_bias": attention.qkv_bias,
-        "sliding_window": sizes.pop() if sizes else None,
-        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
+        "sliding_window": size or 128,  # its class asks for one even where no layer has it
+        "layer_types": kinds,
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "swiglu_alpha": 1.0,
@@ -53,12 +60,6 @@ def gpt_oss_model(values: Values) -> Model:
     alpha, limit, K = values["swiglu_alpha"], values["swiglu_limit"], values["num_experts_per_tok"]
     require(alpha == 1.0, f"swiglu_alpha={alpha} (our experts are SwiGLU: 1)")
     require(limit >= NO_LIMIT, f"swiglu_limit={limit} (our experts do not clamp: {NO_LIMIT:g} or more)")
-    require(K > 1, "one expert per token with renormalised weights (its router cannot learn)")
-    kinds = values["layer_types"]
-    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
-    require(not unknown, f"layer_types {unknown}")
-    windows = tuple(values["sliding_window"] or 0 if kind == "sliding_attention" else 0 for kind in kinds)
-    period = next(n for n in range(1, len(windows) + 1) if all(w == windows[i % n] for i, w in enumerate(windows)))
     bias = bool(values["attention_bias"])
     attention = GroupedQueryAttention(
         num_heads=values["num_attention_heads"],
@@ -66,7 +67,7 @@ def gpt_oss_model(values: Values) -> Model:
         head_dim=values["head_dim"],
         qkv_bias=bias,
         out_bias=bias,
-        windows=windows[:period],
+        windows=windows_of(values["layer_types"], values["sliding_window"]),
         sinks=True,
     )
     weight = float(values.get("router_aux_loss_coef") or 0.0) * K  # transformers does not divide f by K, we do

@@ -1,17 +1,29 @@
 """Families with grouped-query attention: Mixtral, OLMoE, Qwen2-MoE and Qwen3-MoE, and dense Llama and Qwen3."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from moe.config.load import router_config
 from moe.config.schema import Balance, GroupedQueryAttention, Model, MoE, RouterConfig, is_moe_layer
-from moe.errors import ConfigError
-from moe.hf.common import Values, base_model, common_values, expert_layers, require, router_name
+from moe.hf.common import (
+    Values,
+    base_model,
+    common_values,
+    expert_layers,
+    require,
+    router_name,
+    window_values,
+    windows_of,
+)
 
 QKNorm = Literal["none", "head", "full"]
+Windows = Literal["none", "all", "switched", "layers"]
+"""Which windows a family has: none; one size in all layers (`sliding_window`; "switched": with `use_sliding_window`); or one size
+in the layers that `layer_types` names."""
 
 
 def grouped_values(
-    model: Model, *, qk_norm: QKNorm, qkv_bias: bool | None, out_bias: bool | None, window: bool
+    model: Model, *, qk_norm: QKNorm, qkv_bias: bool | None, out_bias: bool | None, windows: Windows = "none"
 ) -> Values:
     """Attention of a family with these habits; a bias of None may be either, and both biases are then one setting."""
     attention = model.attention
@@ -23,25 +35,29 @@ def grouped_values(
     else:
         require(attention.qkv_bias == qkv_bias, f"attention.qkv_bias={attention.qkv_bias} (always {qkv_bias} there)")
         require(attention.out_bias == out_bias, f"attention.out_bias={attention.out_bias} (always {out_bias} there)")
-    plain = set(attention.windows) == {0}
-    require(plain or (window and len(set(attention.windows)) == 1), f"attention.windows={attention.windows}")
-    head_dim = attention.head_dim
     return {
         "num_key_value_heads": attention.num_kv_heads,
-        "head_dim": head_dim,
+        "head_dim": attention.head_dim,
         **({"attention_bias": attention.qkv_bias} if qkv_bias is None else {}),
-        **({"sliding_window": None if plain else attention.windows[0]} if window else {}),
+        **_window_values(attention.windows, model.num_layers, windows),
     }
 
 
+def _window_values(windows: tuple[int, ...], layers: int, habit: Windows) -> Values:
+    size, kinds = window_values(windows, layers)
+    if habit == "none":
+        require(size is None, f"attention.windows={windows}")
+        return {}
+    if habit == "layers":
+        return {"use_sliding_window": size is not None, "sliding_window": size, "layer_types": kinds}
+    require(len(set(kinds)) == 1, f"attention.windows={windows} (the same in every layer there)")
+    return {"sliding_window": size, **({"use_sliding_window": size is not None} if habit == "switched" else {})}
+
+
 def grouped_attention(
-    values: Values, *, qk_norm: QKNorm, qkv_bias: bool, out_bias: bool, window: int = 0
+    values: Values, *, qk_norm: QKNorm, qkv_bias: bool, out_bias: bool, windows: Sequence[int] = (0,)
 ) -> GroupedQueryAttention:
     heads = values["num_attention_heads"]
-    require(not values.get("use_sliding_window"), "use_sliding_window=true")
-    kinds = set(values.get("layer_types") or ()) - {"full_attention"}
-    require(not kinds, f"layer_types {sorted(kinds)}")
-    require(not values.get("clip_qkv"), f"clip_qkv={values.get('clip_qkv')}")
     return GroupedQueryAttention(
         num_heads=heads,
         num_kv_heads=values.get("num_key_value_heads") or heads,
@@ -49,8 +65,15 @@ def grouped_attention(
         qkv_bias=qkv_bias,
         out_bias=out_bias,
         qk_norm=qk_norm,
-        windows=(window,),
+        windows=tuple(windows),
     )
+
+
+def _window(values: Values) -> tuple[int]:
+    """The window of every layer."""
+    size = values.get("sliding_window")
+    require(size is None or size > 0, f"sliding_window={size} (a token sees itself: 1 or more, or null)")
+    return (size or 0,)
 
 
 def _plain_router(moe: MoE) -> bool:
@@ -67,7 +90,6 @@ def _plain_router(moe: MoE) -> bool:
 def _softmax_router(values: Values, normalized: bool) -> RouterConfig:
     K = values["num_experts_per_tok"]
     weight = float(values.get("router_aux_loss_coef") or 0.0) * K  # transformers does not divide f by K, we do
-    require(K > 1 or not normalized, "one expert per token with renormalised weights (its router cannot learn)")
     return router_config(
         "topk", gate="selected" if normalized else "full", balance=Balance(weight=weight), z_weight=0.0
     )
@@ -88,7 +110,7 @@ def mixtral_values(model: Model) -> Values:
     require(_plain_router(moe), "router.gate='full' (its weights are renormalised)")
     return {
         **common_values(model),
-        **grouped_values(model, qk_norm="none", qkv_bias=False, out_bias=False, window=True),
+        **grouped_values(model, qk_norm="none", qkv_bias=False, out_bias=False, windows="all"),
         "intermediate_size": moe.expert_hidden,
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
@@ -96,7 +118,6 @@ def mixtral_values(model: Model) -> Values:
 
 
 def mixtral_model(values: Values) -> Model:
-    window = values.get("sliding_window") or 0
     F = values["intermediate_size"]
     moe = MoE(
         num_experts=values["num_local_experts"],
@@ -104,7 +125,7 @@ def mixtral_model(values: Values) -> Model:
         expert_hidden=F,
         router=_softmax_router(values, True),
     )
-    attention = grouped_attention(values, qk_norm="none", qkv_bias=False, out_bias=False, window=window)
+    attention = grouped_attention(values, qk_norm="none", qkv_bias=False, out_bias=False, windows=_window(values))
     return base_model(values, attention=attention, moe=moe)
 
 
@@ -112,7 +133,7 @@ def olmoe_values(model: Model) -> Values:
     moe = expert_layers(model)
     _every_layer(model)
     _no_shared(moe)
-    grouped = grouped_values(model, qk_norm="full", qkv_bias=None, out_bias=None, window=False)
+    grouped = grouped_values(model, qk_norm="full", qkv_bias=None, out_bias=None)
     require(model.attention.num_heads * grouped.pop("head_dim") == model.dim, "heads that do not fill model.dim")
     return {
         **common_values(model),
@@ -126,6 +147,7 @@ def olmoe_values(model: Model) -> Values:
 
 def olmoe_model(values: Values) -> Model:
     bias = bool(values.get("attention_bias"))
+    require(values.get("clip_qkv") is None, f"clip_qkv={values.get('clip_qkv')}")
     moe = MoE(
         num_experts=values["num_experts"],
         top_k=values["num_experts_per_tok"],
@@ -141,23 +163,30 @@ def _sparse_pattern(model: Model) -> Values:
     """decoder_sparse_step where it says it all, else the dense layers one by one."""
     moe = expert_layers(model)
     if moe.first_dense == 0:
-        return {"decoder_sparse_step": moe.every, "mlp_only_layers": []}
+        return {"decoder_sparse_step": moe.every, "mlp_only_layers": list(moe.dense_layers)}
     dense = [i for i in range(model.num_layers) if not is_moe_layer(model, i)]
     return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
 
 
+def num_experts(values: Values) -> int:
+    """E; some of the classes have two names for it."""
+    return values["num_experts"] if "num_experts" in values else values["num_local_experts"]
+
+
 def _pattern_of(values: Values) -> Values:
-    """first_dense and every of a Qwen pattern."""
+    """first_dense and every of a Qwen pattern; dense_layers where these two do not say it."""
     layers, step = values["num_hidden_layers"], values.get("decoder_sparse_step") or 1
     only_dense = set(values.get("mlp_only_layers") or ())
     sparse = [i not in only_dense and (i + 1) % step == 0 for i in range(layers)]
+    none = (
+        f"mlp_only_layers={sorted(only_dense)} with decoder_sparse_step={step} in {layers} layers leave no expert layer"
+    )
+    require(any(sparse) and num_experts(values) > 0, none)
     for every in range(1, layers + 1):
         for first in range(layers):
             if sparse == [i >= first and (i - first + 1) % every == 0 for i in range(layers)]:
                 return {"first_dense": first, "every": every}
-    raise ConfigError(
-        f"mlp_only_layers={sorted(only_dense)} with decoder_sparse_step={step} (no first-n-dense, every-n pattern)"
-    )
+    return {"every": step, "dense_layers": tuple(i for i in range(layers) if (i + 1) % step == 0 and not sparse[i])}
 
 
 def _qwen_values(model: Model) -> Values:
@@ -174,7 +203,7 @@ def _qwen_values(model: Model) -> Values:
 
 def _qwen_moe(values: Values, **changes: Any) -> MoE:
     return MoE(
-        num_experts=values.get("num_experts") or values["num_local_experts"],
+        num_experts=num_experts(values),
         top_k=values["num_experts_per_tok"],
         expert_hidden=values["moe_intermediate_size"],
         router=_softmax_router(values, bool(values["norm_topk_prob"])),
@@ -188,8 +217,9 @@ def qwen2_moe_values(model: Model) -> Values:
     require(moe.shared_hidden > 0 and moe.shared_gate, "expert layers without a gated shared expert")
     attention = model.attention
     bias = isinstance(attention, GroupedQueryAttention) and attention.qkv_bias
-    grouped = grouped_values(model, qk_norm="none", qkv_bias=bias, out_bias=False, window=False)
-    require(attention.num_heads * grouped.pop("head_dim") == model.dim, "heads that do not fill model.dim")
+    grouped = grouped_values(model, qk_norm="none", qkv_bias=bias, out_bias=False, windows="layers")
+    if attention.num_heads * grouped["head_dim"] == model.dim:
+        del grouped["head_dim"]  # no setting of this family's own; its classes read it where it is there
     return {
         **_qwen_values(model),
         **grouped,
@@ -199,20 +229,22 @@ def qwen2_moe_values(model: Model) -> Values:
 
 
 def qwen2_moe_model(values: Values) -> Model:
-    attention = grouped_attention(values, qk_norm="none", qkv_bias=bool(values["qkv_bias"]), out_bias=False)
+    windows = windows_of(values["layer_types"], values.get("sliding_window"))
+    bias = bool(values["qkv_bias"])
+    attention = grouped_attention(values, qk_norm="none", qkv_bias=bias, out_bias=False, windows=windows)
     moe = _qwen_moe(values, shared_hidden=values["shared_expert_intermediate_size"], shared_gate=True)
     return base_model(values, attention=attention, moe=moe)
 
 
 def qwen3_moe_values(model: Model) -> Values:
     _no_shared(expert_layers(model))
-    grouped = grouped_values(model, qk_norm="head", qkv_bias=None, out_bias=None, window=False)
+    grouped = grouped_values(model, qk_norm="head", qkv_bias=None, out_bias=None, windows="switched")
     return {**_qwen_values(model), **grouped}
 
 
 def qwen3_moe_model(values: Values) -> Model:
     bias = bool(values.get("attention_bias"))
-    attention = grouped_attention(values, qk_norm="head", qkv_bias=bias, out_bias=bias)
+    attention = grouped_attention(values, qk_norm="head", qkv_bias=bias, out_bias=bias, windows=_window(values))
     return base_model(values, attention=attention, moe=_qwen_moe(values))
 
 
@@ -222,7 +254,7 @@ def _dense(model: Model) -> Values:
 
 
 def llama_values(model: Model) -> Values:
-    return {**_dense(model), **grouped_values(model, qk_norm="none", qkv_bias=None, out_bias=None, window=False)}
+    return {**_dense(model), **grouped_values(model, qk_norm="none", qkv_bias=None, out_bias=None)}
 
 
 def llama_model(values: Values) -> Model:
@@ -232,9 +264,12 @@ def llama_model(values: Values) -> Model:
 
 
 def qwen3_values(model: Model) -> Values:
-    return {**_dense(model), **grouped_values(model, qk_norm="head", qkv_bias=None, out_bias=None, window=False)}
+    grouped = grouped_values(model, qk_norm="head", qkv_bias=None, out_bias=None, windows="layers")
+    return {**_dense(model), **grouped}
 
 
 def qwen3_model(values: Values) -> Model:
     bias = bool(values.get("attention_bias"))
-    return base_model(values, attention=grouped_attention(values, qk_norm="head", qkv_bias=bias, out_bias=bias))
+    windows = windows_of(values["layer_types"], values.get("sliding_window"))
+    attention = grouped_attention(values, qk_norm="head", qkv_bias=bias, out_bias=bias, windows=windows)
+    return base_model(values, attention=attention)

@@ -6,18 +6,25 @@ from moe.config.load import router_config
 from moe.config.schema import LatentAttention, Model, MoE, RouterConfig
 from moe.hf.common import Values, base_model, common_values, expert_layers, require, router_name
 
+LATENT_EPS = 1e-6
+"""What its latent norms add, whatever rms_norm_eps is."""
+
 
 def _deepseek_values(model: Model) -> Values:
     moe, attention = expert_layers(model), model.attention
     require(isinstance(attention, LatentAttention), "grouped-query attention")
     assert isinstance(attention, LatentAttention)
     require(moe.every == 1, f"moe.every={moe.every} (only the first layers may be dense there)")
+    require(not moe.dense_layers, f"moe.dense_layers={moe.dense_layers} (only the first layers may be dense there)")
     require(not moe.shared_gate, "moe.shared_gate=true")
     shared, rest = divmod(moe.shared_hidden, moe.expert_hidden)
     require(
         shared > 0 and rest == 0, f"shared_hidden={moe.shared_hidden}, no multiple of expert_hidden={moe.expert_hidden}"
     )
-    require(model.norm_eps == 1e-6, f"norm_eps={model.norm_eps} (its latent norms always use 1e-6)")
+    eps = attention.norm_eps or model.norm_eps
+    require(
+        eps == LATENT_EPS, f"a norm_eps of {eps} in latent attention (always {LATENT_EPS}: model.attention.norm_eps)"
+    )
     return {
         **common_values(model),
         "num_key_value_heads": attention.num_heads,
@@ -31,13 +38,12 @@ def _deepseek_values(model: Model) -> Values:
         "n_shared_experts": shared,
         "num_experts_per_tok": moe.top_k,
         "first_k_dense_replace": moe.first_dense,
-        "attention_bias": False,
+        "attention_bias": attention.bias,
     }
 
 
 def _deepseek_model(values: Values, router: RouterConfig) -> Model:
-    require(not values.get("attention_bias") and not values.get("mlp_bias"), "attention_bias or mlp_bias")
-    require(values["rms_norm_eps"] == 1e-6, f"rms_norm_eps={values['rms_norm_eps']} (its latent norms use 1e-6)")
+    require(not values.get("mlp_bias"), "mlp_bias=true")
     F = values["moe_intermediate_size"]
     attention = LatentAttention(
         num_heads=values["num_attention_heads"],
@@ -46,6 +52,8 @@ def _deepseek_model(values: Values, router: RouterConfig) -> Model:
         nope_dim=values["qk_nope_head_dim"],
         rope_dim=values["qk_rope_head_dim"],
         value_dim=values["v_head_dim"],
+        bias=bool(values.get("attention_bias")),
+        norm_eps=0.0 if values["rms_norm_eps"] == LATENT_EPS else LATENT_EPS,
     )
     moe = MoE(
         num_experts=values["n_routed_experts"],
@@ -112,7 +120,6 @@ def deepseek_v3_values(model: Model) -> Values:
 
 
 def deepseek_v3_model(values: Values) -> Model:
-    require(bool(values.get("rope_interleave", True)), "rope_interleave=false")
     router = router_config(
         "loss_free",
         num_groups=values["n_group"],

@@ -46,6 +46,8 @@ class Entry:
     shape: tuple[int, ...]
     links: tuple[Link, ...]
     constants: tuple[Constant, ...] = ()
+    exact: bool = False
+    """Whether it is stored in float32 whatever the others are in: a rounded selection bias chooses other experts."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,20 @@ class Names:
     shared: str = "shared_expert"
     selection_bias: bool = False
     """Whether the router carries a bias that only selects (DeepSeek-V3)."""
+    rotary_pairs: bool = True
+    """Whether latent attention rotates neighbours (0, 1), (2, 3), ...; otherwise halves, as we do (rope_interleave=false)."""
     gpt_oss: bool = False
     """gpt-oss's layout: a router with a bias, and experts stacked as we stack them, gate and up columns in turn, with biases."""
 
 
 def entries(model: Model, names: Names, *, fused: bool = False) -> Iterator[Entry]:
-    """The family's tensors in the order of its files. `fused`: experts in one tensor, gate and up in another."""
+    """The family's tensors in the order of its files. `fused`: gate and up of all experts in one tensor, down in another."""
     V, D = model.vocab_size, model.dim
     yield _same("model.embed_tokens.weight", "embedding.weight", V, D)
     for layer in range(model.num_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
         yield _same(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight", D)
-        yield from _attention(model, f"{ours}.attention", f"{theirs}.self_attn")
+        yield from _attention(model, f"{ours}.attention", f"{theirs}.self_attn", names.rotary_pairs)
         yield _same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.ffn_norm.weight", D)
         if is_moe_layer(model, layer):
             yield from _experts(model, f"{ours}.moe", f"{theirs}.{names.moe}", names, fused)
@@ -87,10 +91,10 @@ def _same(theirs: str, ours: str, *shape: int) -> Entry:
     return Entry(theirs, shape, (Link(ours),))
 
 
-def _attention(model: Model, ours: str, theirs: str) -> Iterator[Entry]:
+def _attention(model: Model, ours: str, theirs: str, rotary_pairs: bool) -> Iterator[Entry]:
     attention, D = model.attention, model.dim
     if isinstance(attention, LatentAttention):
-        yield from _latent(attention, D, ours, theirs)
+        yield from _latent(attention, D, ours, theirs, rotary_pairs)
         return
     H = attention.head_dim
     for name, their_name, heads in (
@@ -117,12 +121,25 @@ def _norms(attention: GroupedQueryAttention) -> tuple[tuple[str, str, int], ...]
     return (("query_norm", "q_norm", query), ("key_norm", "k_norm", key))
 
 
-def _latent(attention: LatentAttention, D: int, ours: str, theirs: str) -> Iterator[Entry]:
-    """DeepSeek rotates neighbours (0, 1), (2, 3), ...; we rotate halves: the rotary rows change places."""
+def _pairs(tensor: Tensor, dim: int) -> Tensor:
+    """Neighbours (0, 1), (2, 3), ... of a dimension of R rows as [2, R/2]."""
+    return tensor.unflatten(dim, (-1, 2)).transpose(dim, dim + 1)
+
+
+def _halves(tensor: Tensor, dim: int) -> Tensor:
+    """The two halves of a dimension of R rows as [2, R/2]."""
+    return tensor.unflatten(dim, (2, -1))
+
+
+def _latent(attention: LatentAttention, D: int, ours: str, theirs: str, rotary_pairs: bool) -> Iterator[Entry]:
+    """Where DeepSeek rotates neighbours and we rotate halves, the rotary rows change places."""
     N, R = attention.num_heads, attention.rope_dim
     head = attention.nope_dim + R
+    their_rows = _pairs if rotary_pairs else _halves
     if attention.q_rank:
         yield _same(f"{theirs}.q_a_proj.weight", f"{ours}.query_down.weight", attention.q_rank, D)
+        if attention.bias:
+            yield _same(f"{theirs}.q_a_proj.bias", f"{ours}.query_down.bias", attention.q_rank)
         yield _same(f"{theirs}.q_a_layernorm.weight", f"{ours}.query_norm.weight", attention.q_rank)
     width = attention.q_rank or D
 
@@ -130,34 +147,30 @@ def _latent(attention: LatentAttention, D: int, ours: str, theirs: str) -> Itera
         return tensor.view(N, head, width)[:, : attention.nope_dim]
 
     def our_halves(tensor: Tensor) -> Tensor:
-        return tensor.view(N, head, width)[:, attention.nope_dim :].unflatten(1, (2, R // 2))
+        return _halves(tensor.view(N, head, width)[:, attention.nope_dim :], 1)
 
-    def their_pairs(tensor: Tensor) -> Tensor:
-        return tensor.view(N, head, width)[:, attention.nope_dim :].unflatten(1, (R // 2, 2)).transpose(1, 2)
+    def their_view(tensor: Tensor) -> Tensor:
+        return their_rows(tensor.view(N, head, width)[:, attention.nope_dim :], 1)
 
     query = f"{ours}.query.weight"
     yield Entry(
         f"{theirs}.{'q_b_proj' if attention.q_rank else 'q_proj'}.weight",
         (N * head, width),
-        (Link(query, plain, plain), Link(query, our_halves, their_pairs)),
+        (Link(query, plain, plain), Link(query, our_halves, their_view)),
     )
-    K, down = attention.kv_rank, f"{ours}.kv_down.weight"
-    yield Entry(
-        f"{theirs}.kv_a_proj_with_mqa.weight",
-        (K + R, D),
-        (
-            Link(down, lambda t: t[:K], lambda t: t[:K]),
-            Link(
-                down,
-                lambda t: t[K:].unflatten(0, (2, R // 2)),
-                lambda t: t[K:].unflatten(0, (R // 2, 2)).transpose(0, 1),
-            ),
-        ),
-    )
+    K = attention.kv_rank
+    for kind, shape in (("weight", (K + R, D)), ("bias", (K + R,))):
+        if kind == "weight" or attention.bias:
+            down = f"{ours}.kv_down.{kind}"
+            latent = Link(down, lambda t: t[:K], lambda t: t[:K])
+            rotary = Link(down, lambda t: _halves(t[K:], 0), lambda t: their_rows(t[K:], 0))
+            yield Entry(f"{theirs}.kv_a_proj_with_mqa.{kind}", shape, (latent, rotary))
     yield _same(f"{theirs}.kv_a_layernorm.weight", f"{ours}.kv_norm.weight", K)
     kv_rows = N * (attention.nope_dim + attention.value_dim)
     yield _same(f"{theirs}.kv_b_proj.weight", f"{ours}.kv.weight", kv_rows, K)
     yield _same(f"{theirs}.o_proj.weight", f"{ours}.out.weight", D, N * attention.value_dim)
+    if attention.bias:
+        yield _same(f"{theirs}.o_proj.bias", f"{ours}.out.bias", D)
 
 
 def _swiglu(ours: str, theirs: str, D: int, F: int) -> Iterator[Entry]:
@@ -175,7 +188,7 @@ def _experts(model: Model, ours: str, theirs: str, names: Names, fused: bool) ->
         return
     yield _same(f"{theirs}.gate.weight", f"{ours}.router.weight_ED", E, D)
     if names.selection_bias:
-        yield _same(f"{theirs}.gate.e_score_correction_bias", f"{ours}.router.bias_E", E)
+        yield Entry(f"{theirs}.gate.e_score_correction_bias", (E,), (Link(f"{ours}.router.bias_E"),), exact=True)
     gate, up, down = (f"{ours}.experts.{name}" for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD"))
     if fused:
         halves = (

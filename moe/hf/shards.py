@@ -16,6 +16,8 @@ from moe.files import write_json
 from moe.hf.links import Entry
 
 INDEX = "model.safetensors.index.json"
+_WHOLE = (torch.float32, torch.bfloat16, torch.float16)
+"""Stored types whose every number is one of float32."""
 Fetch = Callable[[Iterable[str]], Mapping[str, Tensor]]
 """Names of our tensors to those tensors, on the CPU; called for one shard at a time."""
 
@@ -25,7 +27,7 @@ def shards_of(entries: Iterable[Entry], dtype: torch.dtype, limit: int) -> list[
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
-        own = dtype.itemsize * torch.Size(entry.shape).numel()
+        own = (4 if entry.exact else dtype.itemsize) * torch.Size(entry.shape).numel()
         if shards[-1] and size + own > limit:
             shards.append([])
             size = 0
@@ -54,7 +56,7 @@ def write_shards(folder: Path, shards: list[list[Entry]], fetch: Fetch, dtype: t
 
 
 def _theirs(entry: Entry, ours: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=dtype)
+    tensor = torch.empty(entry.shape, dtype=torch.float32 if entry.exact else dtype)
     for link in entry.links:
         link.their_view(tensor).copy_(link.our_view(ours[link.ours]))
     for constant in entry.constants:
@@ -137,6 +139,11 @@ def read_into(files: Files, entries: Iterable[Entry], ours: Mapping[str, Tensor]
     """Copy every entry into our tensors, one at a time."""
     for entry in entries:
         theirs = files.tensor(entry.name)
+        if theirs.dtype not in _WHOLE:
+            raise CheckpointError(
+                f"{entry.name} is stored as {str(theirs.dtype).removeprefix('torch.')}, which float32 does not hold to the last "
+                "bit: convert the model to float32, bfloat16 or float16"
+            )
         for constant in entry.constants:
             if not bool((constant.their_view(theirs) == constant.value).all()):
                 raise CheckpointError(
