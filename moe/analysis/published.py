@@ -5,6 +5,8 @@ arXiv 2202.01169; DeepMind, CC-BY 4.0), sizes 15M to 370M active parameters, 131
 other layer, nats per token of a 32,000-word vocabulary. Fitted here with `moe.analysis.scaling` on 2026-11-22.
 """
 
+from dataclasses import dataclass
+
 from moe.analysis.scaling import PowerLaw, RoutedLaw
 
 LAWS = {
@@ -16,3 +18,23 @@ LAWS = {
 
 DENSE = PowerLaw(alpha=0.081340, d=1.085935, rmse=0.0075, runs=7)
 """The same publication's dense models."""
+
+
+@dataclass(frozen=True)
+class PublishedOptimism:
+    """How far forecasts from smaller sizes were off, per factor e of size and as a share of the predicted gain."""
+
+    share: float
+    """Over-statement."""
+    levels: tuple[float, ...]
+    """Shares of the back-tested runs ..."""
+    spreads: tuple[float, ...]
+    """... whose miss, less the over-statement, was at most this."""
+    misses: int
+
+
+OPTIMISM = {
+    "linear": PublishedOptimism(0.0523, (0.5, 0.8, 0.9, 0.95), (0.0272, 0.0726, 0.1779, 0.5874), misses=77),
+    "law": PublishedOptimism(0.0674, (0.5, 0.8, 0.9, 0.95), (0.0376, 0.0795, 0.2597, 0.3933), misses=78),
+}
+"""Of the two forms of a ladder, on the same runs: 55M, 130M and 370M predicted from all smaller sizes."""

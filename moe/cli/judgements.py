@@ -1,10 +1,12 @@
 """Commands that judge runs: compare, promise, report, doctor, probe, ledger, forecast, ladder."""
 
+from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from moe.cli.common import (
     ConfidenceOption,
@@ -20,9 +22,20 @@ from moe.cli.common import (
 )
 from moe.errors import ConfigError
 
+
+class RecipeFirst(TyperGroup):
+    """A group whose first word may be a recipe: `moe ladder RECIPE` is `moe ladder run RECIPE`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = bool(args) and (args[0] in self.commands or args[0].startswith("-"))
+        return super().resolve_command(ctx, args if known else ["run", *args])
+
+
 app = typer.Typer()
 forecast = typer.Typer(help="Predict a sparse run's final gain over dense from its first per cent.")
-ladder = typer.Typer(help="Predict the gain over dense at a size that has not been trained, from smaller ones.")
+ladder = typer.Typer(
+    cls=RecipeFirst, help="Predict the gain over dense at a size that has not been trained, from smaller ones."
+)
 app.add_typer(forecast, name="forecast")
 app.add_typer(ladder, name="ladder")
 
@@ -75,29 +88,43 @@ def compare(
 @app.command("promise")
 def promise_command(
     recipe: RecipeArgument,
-    gain: Annotated[float, typer.Option(help="expected gain over dense, bits per byte")],
-    low: Annotated[float, typer.Option(help="low end of its interval: below this the promise is broken")],
-    high: Annotated[float, typer.Option(help="high end")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="new file for the promise")],
     overrides: OverridesArgument = None,
+    from_ladder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder of moe ladder run: all numbers and their reason")
+    ] = None,
+    gain: Annotated[float | None, typer.Option(help="else: expected gain over dense, bits per byte")] = None,
+    low: Annotated[float | None, typer.Option(help="low end of its interval: below this the promise is broken")] = None,
+    high: Annotated[float | None, typer.Option(help="high end")] = None,
     contract: Annotated[
-        str, typer.Option(help="active_parameters, flops, total_parameters, memory, seconds, ...")
-    ] = "flops",
-    error_rate: Annotated[float, typer.Option(help="of the interval")] = 0.1,
-    because: Annotated[str, typer.Option(help="where the numbers are from")] = "",
+        str | None, typer.Option(help="flops (default), active_parameters, total_parameters, memory, seconds, ...")
+    ] = None,
+    error_rate: Annotated[float | None, typer.Option(help="of the interval, 0.1 by default")] = None,
+    because: Annotated[str | None, typer.Option(help="where the numbers are from")] = None,
 ) -> None:
     """Write what a comparison is expected to show, dated and sealed; moe compare --promise FILE is held against it."""
-    made = lazy("moe.experiments.promise", "promise")(
-        recipe,
-        overrides or [],
-        out,
-        gain=gain,
-        low=low,
-        high=high,
-        contract=contract,
-        error_rate=error_rate,
-        because=because,
-    )
+    module = import_module("moe.experiments.promise")
+    stated = (gain, low, high, contract, error_rate, because)
+    if from_ladder is not None:
+        if any(value is not None for value in stated):
+            raise ConfigError(
+                "--from-ladder takes every number from the ladder: leave out --gain, --low, --high and the rest"
+            )
+        made = module.promise_from_ladder(recipe, overrides or [], out, from_ladder)
+    elif gain is None or low is None or high is None:
+        raise ConfigError("a promise needs --gain, --low and --high, or --from-ladder with the folder of a ladder")
+    else:
+        made = module.promise(
+            recipe,
+            overrides or [],
+            out,
+            gain=gain,
+            low=low,
+            high=high,
+            contract=contract or "flops",
+            error_rate=0.1 if error_rate is None else error_rate,
+            because=because or "",
+        )
     typer.echo(f"{out}: sealed {made['sha256']} at {made['written']}; publish the seal where its date can be seen")
 
 
@@ -221,6 +248,55 @@ def forecast_run(
         raise typer.Exit(1)
 
 
+@ladder.command("run")
+def ladder_run(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    widths: Annotated[
+        str, typer.Option(metavar="W,W,W", help="sizes of the ladder as shares of the recipe's width")
+    ] = "1/4,1/3,1/2",
+    experts: Annotated[
+        str, typer.Option(metavar="E,E,E", help="numbers of experts; else the recipe's own and two beside it")
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="paired runs of each arm")] = 1,
+    tokens_per_parameter: Annotated[
+        float, typer.Option(min=0, help="tokens per active parameter of each run; 0: the recipe's own ratio")
+    ] = 0.0,
+    tokens: Annotated[float, typer.Option(min=0, help="tokens of every run alike, instead")] = 0.0,
+    lr_grid: Annotated[
+        str, typer.Option(metavar="LR,LR,...", help="learning rates that each size's dense run tries")
+    ] = "",
+    break_even: Annotated[float, typer.Option(help="nats per token at equal time from which it pays")] = 0.0,
+    tax: Annotated[float, typer.Option(min=0, help="step time over the dense twin's; 0 measures it")] = 0.0,
+    timing_rounds: Annotated[int, typer.Option(min=0, help="timed turns for that, interleaved")] = 10,
+    max_share: Annotated[float, typer.Option(min=0, help="largest share of the target run's FLOPs")] = 0.1,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.95, help="of the interval")] = 0.9,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder of the runs, by default runs/<recipe>-ladder")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, train nothing")] = False,
+) -> None:
+    """Train small sparse models and their dense twins, and say whether the recipe's own size will pay: go or no-go."""
+    module = import_module("moe.experiments.ladder")
+    options = lazy("moe.experiments.ladder_plan", "Options")(
+        widths=tuple(shares(widths)),
+        experts=tuple(whole_numbers(experts)),
+        seeds=seeds,
+        tokens=tokens,
+        tokens_per_parameter=tokens_per_parameter,
+        lr_grid=tuple(learning_rates(lr_grid)),
+        max_share=max_share,
+        break_even=break_even,
+        tax=tax,
+        timing_rounds=timing_rounds,
+        confidence=confidence,
+    )
+    folder = out if out is not None else Path("runs") / f"{Path(recipe.replace('.py:', '-')).stem}-ladder"
+    console = lazy("rich.console", "Console")()
+    module.climb(recipe, overrides or [], folder, options, jobs=jobs, dry_run=dry_run, console=console)
+
+
 @ladder.command("backtest")
 def ladder_backtest(
     curves: CurvesArgument,
@@ -262,3 +338,23 @@ def learning_rates(text: str) -> list[float]:
             f"--lr-grid ({text!r}) must be positive numbers with commas between: e.g. --lr-grid 1e-3,3e-3"
         )
     return rates
+
+
+def shares(text: str) -> list[float]:
+    """Fractions or decimals from "1/4,0.5". Raises ConfigError."""
+    try:
+        return [float(Fraction(part.strip())) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(
+            f"--widths ({text!r}) must be shares with commas between: e.g. --widths 1/4,1/3,1/2"
+        ) from None
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Whole numbers from "4,8,16"; empty for none. Raises ConfigError."""
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(
+            f"--experts ({text!r}) must be whole numbers with commas between: e.g. --experts 4,8,16"
+        ) from None

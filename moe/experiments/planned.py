@@ -177,9 +177,10 @@ def time_steps(
     command: Sequence[str],
     say: Callable[[str], None],
     name: str = "timing",
+    threads: int = 0,
 ) -> None:
-    """Write <name>.json by the interleaved timing, unless it is there for these configs and rounds."""
-    target, threads = out / f"{name}.json", cpu_count()
+    """Write <name>.json by the interleaved timing, unless it is there for these configs and rounds; threads 0: all there are."""
+    target, threads = out / f"{name}.json", threads or cpu_count()
     key = hashlib.sha256(sparse.config.read_bytes() + dense.config.read_bytes() + f"{rounds} {threads}".encode())
     fingerprint = key.hexdigest()[:16]
     if target.exists() and read_json(target).get("fingerprint") == fingerprint:
