@@ -5,13 +5,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moe.analysis.promise import config_digest, read_promise, seal_holds, sealed
+from moe.analysis.promise import config_digest, digest, read_promise, seal_holds, sealed
+from moe.analysis.rows import NUMBER, read_json
 from moe.config.load import dump, load
 from moe.config.schema import Run
 from moe.errors import ConfigError, UserError
 from moe.files import write_json
 
 Json = dict[str, Any]
+LADDER = "ladder.json"
+SAME_TOKENS = 0.05
+"""Largest relative difference of a ladder's tokens from the recipe's that a promise takes for the same."""
 
 
 def promise(
@@ -25,8 +29,9 @@ def promise(
     contract: str,
     error_rate: float,
     because: str,
+    **more: str,
 ) -> Json:
-    """Write a sealed and dated promise about a recipe; gains are dense minus sparse, in bits per byte.
+    """Write a sealed and dated promise about a recipe; gains are dense minus sparse, in bits per byte; `more` is sealed with it.
 
     Raises UserError if there is one already: a promise is made once.
     """
@@ -48,11 +53,46 @@ def promise(
         "high": high,
         "error_rate": error_rate,
         "because": because,
+        **more,
     }
     made = sealed(fields)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, made)
     return made
+
+
+def promise_from_ladder(recipe: str, overrides: list[str], out: Path, folder: Path) -> Json:
+    """Promise what the ladder in a folder predicts; the digest of its ladder.json is sealed with it.
+
+    Raises UserError for a ladder of another model, data or training, or one that answers about another number of tokens.
+    """
+    path = folder / LADDER
+    record = read_json(
+        path, {"config": (str,), "contract": (str,), "bits_per_byte": NUMBER, "answer": (dict,), "tokens": NUMBER}
+    )
+    run, answer = load(recipe, overrides), record["answer"]
+    if record["config"] != config_of(run):
+        raise UserError(
+            f"{path} is about another model, data or training ({record['recipe']} {' '.join(record['overrides'])}): give the "
+            "same recipe and settings, or make its ladder with 'moe ladder'."
+        )
+    tokens = run.train.steps * run.train.batch_rows * run.data.sequence_length
+    if abs(record["tokens"] / tokens - 1) > SAME_TOKENS:
+        raise UserError(
+            f"{path} answers about {record['tokens']:.4g} tokens, and {recipe} trains on {tokens:.4g}: make a ladder with the "
+            "recipe's own tokens per parameter."
+        )
+    bits = record["bits_per_byte"]
+    return promise(
+        recipe,
+        overrides,
+        out,
+        **{name: answer[name] * bits for name in ("gain", "low", "high")},
+        contract=record["contract"],
+        error_rate=round(1 - answer["confidence"], 6),
+        because=f"the ladder of {record['written']} in {folder}: {record['summary']}",
+        ladder=digest(record),
+    )
 
 
 def config_of(run: Run) -> str:
