@@ -196,9 +196,10 @@ def _contract_line(entry: Json, result: Json) -> str:
     if entry["verdict"] is None:
         return f"{start}not judged ({entry['why']})."
     gain = entry["gain"]
+    seeds = f"{len(gain['values'])} paired seed{'s' * (len(gain['values']) > 1)}"
     return (
-        f"{start}{entry['verdict']}, {gain['mean']:+.4f}{_ends(gain, '+.4f')} {result['unit']} over {len(gain['values'])} paired "
-        f"seed(s); dense loss from {entry['from']}."
+        f"{start}{entry['verdict']}, {gain['mean']:+.4f}{_ends(gain, '+.4f')} {result['unit']} over {seeds}; dense loss from "
+        f"{entry['from']}."
     )
 
 
@@ -221,15 +222,13 @@ def _speed_line(speed: Json) -> str:
 
 
 def _crossover_lines(found: Json) -> list[str]:
-    words = {"ahead": "ahead from the first evaluation on", "behind": "not ahead at the end"}
+    words = {"ahead": "is ahead from the first evaluation on", "behind": "is not ahead at the end"}
     lines = []
-    for unit in ("tokens", "hours"):
+    for unit, form in (("tokens", ",.0f"), ("hours", ".3g")):
         entry = found[unit]
         if entry is not None:
-            where = f"crosses at {entry['at']:,.4g} {unit}" if entry["state"] == "crosses" else words[entry["state"]]
-            lines.append(
-                f"At equal {unit} the sparse model is {where}."
-                if entry["state"] != "crosses"
-                else f"At equal {unit} it {where}."
+            where = (
+                f"gets ahead for good at {entry['at']:{form}}" if entry["state"] == "crosses" else words[entry["state"]]
             )
+            lines.append(f"At equal {unit} the sparse model {where}.")
     return lines or [f"No crossover: {found.get('why', 'the arms were not timed')}."]

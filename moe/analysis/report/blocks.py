@@ -102,9 +102,9 @@ def paragraph(content: Cell, kind: str = "") -> str:
     return f'<p class="{escape(kind)}">{text(content)}</p>' if kind else f"<p>{text(content)}</p>"
 
 
-def bullets(items: Iterable[Cell]) -> str:
+def bullets(items: Iterable[Cell], kind: str = "") -> str:
     """A list."""
-    return f"<ul>{''.join(f'<li>{text(item)}</li>' for item in items)}</ul>"
+    return f"<ul{f' class={kind}' if kind else ''}>{''.join(f'<li>{text(item)}</li>' for item in items)}</ul>"
 
 
 def switch(name: str, legend: str, options: Sequence[tuple[str, str, str | None]]) -> str:

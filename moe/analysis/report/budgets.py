@@ -27,7 +27,7 @@ WHY = {
 }
 TITLES = {
     "tokens": "Training tokens",
-    "flops": "Training compute",
+    "flops": "Training compute (FLOPs)",
     "time": "Training time",
     "energy": "Energy",
     "money": "Money",
@@ -39,7 +39,7 @@ class Budgets:
     """The budgets of the arms on one page."""
 
     axes: list[Json]
-    """Name, title, unit, note, and why it is missing (or None), of each."""
+    """Name, label, unit, note, and why it is missing (or None), of each."""
     per_token: dict[str, dict[str, list[float]]]
     """By budget and arm, what a token of each run takes, in the axis's unit; arms of which it is not known are absent."""
 
@@ -92,12 +92,12 @@ def budgets_of(arms: Sequence[Arm], jobs: int = 1) -> Budgets:
             for arm in known.values()
             for rate, run in zip(by_arm[arm.name][0], arm.runs, strict=True)
         ]
-        unit, size = next((u for u in units if max(ends, default=0.0) >= 2 * u[1]), units[-1])
+        unit, size = next((u for u in units if max(ends, default=math.inf) >= 2 * u[1]), units[-1])
         without = [arm.name for arm in arms if arm.name not in known]
         note = notes[name] + (f" Not known of {', '.join(without)}." if without and known else "")
-        axes.append(
-            {"name": name, "title": TITLES[name], "unit": unit, "note": note, "missing": None if known else WHY[name]}
-        )
+        label = TITLES[name] if name in ("tokens", "flops") else f"{TITLES[name]} ({unit})"
+        missing = None if known else WHY[name]
+        axes.append({"name": name, "label": label, "unit": unit, "note": note, "missing": missing})
         scaled[name] = {arm: [rate[name] / size for rate in by_arm[arm][0]] for arm in known}
     return Budgets(axes, scaled)
 

@@ -117,7 +117,7 @@ def _require_finished(run: RunRows) -> None:
         raise UserError(
             f"{run.path} is {run.summary['status']} at step {run.summary['step']}, and only finished runs are "
             "compared: "
-            "run the same compare command again to resume it."
+            "run the same compare command again to resume it, or look at its runs as they are: moe report RUN RUN ..."
         )
 
 

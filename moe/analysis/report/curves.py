@@ -32,13 +32,16 @@ def evaluations(run: RunRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def curves(arms: Sequence[Arm], budgets: Budgets) -> Json:
-    """Every run's curves, with several seeds their mean and range, and the `frame` of losses worth looking at."""
+    """Every run's curves, with several seeds their mean and range; the `frame` of losses worth looking at, and
+    whether it cuts any off.
+    """
     drawn = []
     for arm in arms:
         per_token = budgets.of(arm.name)
         runs = [_run_curves(run, {n: rate[i] for n, rate in per_token.items()}) for i, run in enumerate(arm.runs)]
         drawn.append({"name": arm.name, "sparse": arm.sparse, "runs": runs, "mean": _mean(arm, per_token)})
-    return {"axes": budgets.axes, "arms": drawn, "frame": _frame(arms)}
+    frame, bits = _frame(arms), [b for arm in drawn for run in arm["runs"] for b in run["bits"] if b is not None]
+    return {"axes": budgets.axes, "arms": drawn, "frame": frame, "cut": bool(frame and bits and max(bits) > frame[1])}
 
 
 def _run_curves(run: RunRows, per_token: dict[str, float]) -> Json:

@@ -5,11 +5,12 @@ import math
 from collections.abc import Sequence
 
 from moe.analysis.report.curves import brief
+from moe.analysis.report.words import signed
 from moe.analysis.rows import NUMBER, Json, RunRows
 
 
 def forecast_rows(run: RunRows) -> list[Json]:
-    """The looks of a run's forecast, by share of training, the last attempt of each; lines without the figures are passed over."""
+    """The looks of a run's forecast, by share of training, the last line of each; lines without one are passed over."""
     path = run.path / "forecast.jsonl"
     rows: dict[float, Json] = {}
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
@@ -17,13 +18,14 @@ def forecast_rows(run: RunRows) -> list[Json]:
             row = json.loads(line)
         except ValueError:  # a line that a kill cut off
             continue
-        if isinstance(row, dict) and all(_number(row.get(name)) for name in ("share", "low", "high")):
+        if isinstance(row, dict) and _number(row.get("share")) is not None:
             rows[float(row["share"])] = row
     return [rows[share] for share in sorted(rows)]
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, NUMBER) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: object) -> float | None:
+    """The value if it is a finite number."""
+    return float(value) if isinstance(value, NUMBER) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def forecast_chart(run: RunRows, twin: RunRows | None) -> Json | None:
@@ -32,25 +34,21 @@ def forecast_chart(run: RunRows, twin: RunRows | None) -> Json | None:
     The gains are those over `twin` where both were evaluated; without a twin, those that the forecast's own rows logged.
     """
     rows = forecast_rows(run)
-    if not rows:
-        return None
     came = _gains(run, twin) if twin is not None else []
-    came = came or [(row["share"], row["gain"]) for row in rows if _number(row.get("gain"))]
-    finished = run.summary["status"] == "finished" and (twin is None or twin.summary["status"] == "finished")
-    alarms = [row["share"] for row in rows if row.get("alarm") not in (None, False)]
+    came = came or [(row["share"], gain) for row in rows if (gain := _number(row.get("gain"))) is not None]
+    if not rows or not came:
+        return None
+    whole = run.summary["status"] == "finished" and (twin is None or twin.summary["status"] == "finished")
+    final, alarm = came[-1][1] if whole else None, _alarm(run, rows)
+    looks = {name: [_number(row.get(name)) for row in rows] for name in ("share", "low", "high", "forecast")}
     return {
         "run": run.path.name,
         "seed": run.config["seed"],
-        "looks": {
-            "share": brief([row["share"] for row in rows]),
-            "low": brief([row["low"] for row in rows]),
-            "high": brief([row["high"] for row in rows]),
-            "forecast": brief([row["forecast"] if _number(row.get("forecast")) else math.nan for row in rows]),
-        },
+        "looks": {name: brief([math.nan if v is None else v for v in values]) for name, values in looks.items()},
         "came": {"share": brief([share for share, _ in came]), "gain": brief([gain for _, gain in came])},
-        "final": brief([came[-1][1]])[0] if came and finished else None,
-        "alarm": brief(alarms[:1])[0] if alarms else None,
-        "sentence": _sentence(run, rows, came[-1][1] if came and finished else None, alarms),
+        "final": None if final is None else brief([final])[0],
+        "alarm": alarm,
+        "sentence": f"{run.path.name}: {_forecast_words(rows, final)}; {_alarm_words(rows, alarm)}.",
     }
 
 
@@ -65,16 +63,35 @@ def _gains(run: RunRows, twin: RunRows) -> list[tuple[float, float]]:
     return [(step / steps, losses[1][key] - losses[0][key]) for step, key in last.items()]
 
 
-def _sentence(run: RunRows, rows: Sequence[Json], final: float | None, alarms: Sequence[float]) -> str:
-    first, last = rows[0], rows[-1]
-    text = (
-        f"{run.path.name}: at {first['share']:.0%} of training the final gain was forecast in "
-        f"[{first['low']:+.4f}, {first['high']:+.4f}] nats per token"
-    )
-    if len(rows) > 1:
-        text += f", at {last['share']:.0%} in [{last['low']:+.4f}, {last['high']:+.4f}]"
+def _alarm(run: RunRows, rows: Sequence[Json]) -> float | None:
+    """Share of training at which the first alarm was raised, against past runs or against a promise."""
+    found = []
+    for row in rows:
+        if row.get("alarm") not in (None, False):
+            found.append(row["share"] if row["alarm"] is True else row["alarm"])
+        if row.get("promise_alarm") is not None:
+            found.append(row["promise_alarm"] / run.config["train"]["steps"])
+    return brief([min(found)])[0] if found else None
+
+
+def _forecast_words(rows: Sequence[Json], final: float | None) -> str:
+    known = [
+        (row["share"], row["low"], row["high"])
+        for row in rows
+        if _number(row.get("low")) is not None and _number(row.get("high")) is not None
+    ]
+    if not known:
+        return "no forecast from past runs was made"
+    (share, low, high), (later, *ends) = known[0], known[-1]
+    text = f"at {share:.0%} of training its final gain was forecast in [{signed(low, 4)}, {signed(high, 4)}] nats per token"
+    if len(known) > 1:
+        text += f", at {later:.0%} in [{signed(ends[0], 4)}, {signed(ends[1], 4)}]"
     if final is not None:
-        inside = "inside" if first["low"] <= final <= first["high"] else "outside"
-        text += f"; {final:+.4f} came, {inside} the first interval"
-    text += f". Alarm at {alarms[0]:.0%}." if alarms else ". No alarm."
-    return text.replace("-", "−") if "[-" in text else text
+        text += f"; {signed(final, 4)} came, {'inside' if low <= final <= high else 'outside'} the first interval"
+    return text
+
+
+def _alarm_words(rows: Sequence[Json], alarm: float | None) -> str:
+    rate = _number(rows[-1].get("false_alarm_rate"))
+    odds = "" if rate is None else f" ({100 * rate:g} % of healthy runs are alarmed)"
+    return f"no alarm{odds}" if alarm is None else f"ALARM at {alarm:.0%}{odds}"

@@ -4,6 +4,7 @@
 
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a"];
+const COLOURS_ON_DARK = ["#56B4E9", "#E69F00", "#3cc79a", "#e39bc4", "#F0E442", "#8fb8ff", "#b0b0b0"];
 const DASHES = ["solid", "dash", "dashdot", "dot", "longdash", "longdashdot"];
 const HEAT = [[0, "#5e3c99"], [0.5, "#ffffff"], [1, "#b35806"]];
 let printing = false;
@@ -15,26 +16,26 @@ const chosen = (name) => document.querySelector(`[name="${name}"]:checked`)?.val
 const plain = (value) => String(value).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const faint = (colour, share) => colour + Math.round(255 * share).toString(16).padStart(2, "0");
 const armIndex = (name) => figures.arms.findIndex((arm) => arm.name === name);
-const styleOf = (index) => ({ colour: COLOURS[index % COLOURS.length], dash: DASHES[index % DASHES.length] });
+const onDark = () => !printing && matchMedia("(prefers-color-scheme: dark)").matches;
+const styleOf = (index) => ({ colour: (onDark() ? COLOURS_ON_DARK : COLOURS)[index % COLOURS.length], dash: DASHES[index % DASHES.length] });
 const axisOf = (name) => figures.axes.find((axis) => axis.name === name);
 const said = (name, words) => { document.getElementById("note-" + name).textContent = words; };
 
 function layout(xTitle, yTitle, more) {
-  const dark = !printing && matchMedia("(prefers-color-scheme: dark)").matches;
-  const [ink, line] = dark ? ["#e8e8e6", "#4c4c4a"] : ["#1b1b1b", "#d8d8d8"];
+  const [ink, line] = onDark() ? ["#e8e8e6", "#4c4c4a"] : ["#1b1b1b", "#d8d8d8"];
   const narrow = !printing && innerWidth < 640;
   const axis = { gridcolor: line, zerolinecolor: ink, linecolor: line, automargin: true, exponentformat: "SI", tickcolor: line };
   const { height = narrow ? 340 : 400, xaxis, yaxis, ...rest } = more || {};
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: narrow ? 11 : 13 },
-    margin: { l: 60, r: 12, t: 12, b: 50 }, height, width: printing ? 660 : undefined, autosize: !printing,
-    legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom" }, hoverlabel: { namelength: -1 },
+    margin: { l: 60, r: 12, t: 30, b: 50 }, height, width: printing ? 660 : undefined, autosize: !printing,
+    legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom" }, hoverlabel: { namelength: -1 }, modebar: { bgcolor: "rgba(0,0,0,0)", color: ink, activecolor: ink },
     xaxis: { ...axis, title: { text: plain(xTitle) }, ...xaxis }, yaxis: { ...axis, title: { text: plain(yTitle) }, ...yaxis }, ...rest,
   };
 }
 
 function draw(name, traces, its) {
-  const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
   return Plotly.react(place(name), traces, its, options);
 }
 
@@ -77,8 +78,8 @@ function drawLoss() {
   });
   const range = training || !figures.frame ? undefined : figures.frame;
   const unit = training ? "Training loss (nats per token)" : "Validation loss (bits per byte)";
-  said("loss", axis.note + (range ? " The frame leaves out the first evaluations: double-click shows all." : ""));
-  return draw("loss", traces, layout(`${axis.title} (${axis.unit})`, unit,
+  said("loss", axis.note + (range && figures.cut ? " The frame leaves out the first evaluations: double-click shows all." : ""));
+  return draw("loss", traces, layout(axis.label, unit,
     { xaxis: { rangemode: "tozero" }, yaxis: range ? { range } : {}, uirevision: axis.name + training }));
 }
 
@@ -98,7 +99,7 @@ function drawGain() {
   }
   const range = frames.length ? [Math.min(...frames.map((f) => f[0])), Math.max(...frames.map((f) => f[1]))] : undefined;
   said("gain", traces.length ? "" : "No two arms that are compared know this budget, or their curves do not overlap in it.");
-  return draw("gain", traces, layout(`${axis.title} (${axis.unit})`, "Gain (bits per byte)",
+  return draw("gain", traces, layout(axis.label, "Gain (bits per byte)",
     { height: 340, xaxis: { rangemode: "tozero" }, yaxis: { range, zeroline: true, zerolinewidth: 1.5 }, uirevision: axis.name }));
 }
 
@@ -108,8 +109,8 @@ function drawForecast() {
   figures.forecasts.forEach((one, index) => {
     const { colour, dash } = styleOf(index), name = plain(one.run), { share, low, high, forecast } = one.looks;
     traces.push(...band(share, low, high, colour, name));
-    traces.push(line(share, forecast, `${one.run}: forecast`, colour, "dot", { legendgroup: name }));
-    traces.push(line(one.came.share, one.came.gain, `${one.run}: came`, colour, dash, { legendgroup: name }));
+    traces.push(line(share, forecast, `${one.run}: forecast`, colour, "dot", { legendgroup: name, showlegend: false }));
+    traces.push(line(one.came.share, one.came.gain, one.run, colour, dash, { legendgroup: name }));
     if (one.final !== null) traces.push({
       x: [1], y: [one.final], mode: "markers", name: `${name}: final`, legendgroup: name, showlegend: false,
       marker: { symbol: "circle-open", size: 10, color: colour, line: { width: 2 } },

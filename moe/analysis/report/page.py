@@ -128,8 +128,8 @@ def _forecasts(report: Json) -> str:
     if not forecasts:
         return ""
     caption = (
-        "The interval of the final gain as it was forecast at each share of training, and the gain that came, over the dense "
-        "run of the same seed."
+        "Bands: the interval of the final gain as it was forecast at each share of training (dotted: its middle). Lines: the gain "
+        "that came, over the dense run of the same seed."
     )
     return _section("Forecast", chart("forecast", caption), bullets(one["sentence"] for one in forecasts))
 
@@ -147,8 +147,7 @@ def _arms(report: Json) -> str:
 def _ledger(report: Json) -> str:
     if not report["ledger"]:
         return _section("What it used", paragraph("Not known: a run has no ledger that can be read."))
-    notes = [paragraph(note, "soft") for note in sources(report)]
-    return _section("What it used", ledger_table(report), *notes)
+    return _section("What it used", ledger_table(report), bullets(sources(report), "sources"))
 
 
 def _routing(report: Json) -> str:
@@ -180,23 +179,22 @@ def _routing(report: Json) -> str:
 
 
 def _doctor(report: Json) -> str:
-    if not report["doctor"]:
-        return ""
-    parts = []
-    for entry in report["doctor"]:
-        if entry["why"] is not None:
-            parts.append(paragraph(f"{entry['run']}: not examined: {entry['why']}."))
-        elif not entry["findings"]:
-            early = "; the first tenth of a run is not judged" if entry["early"] else ""
-            parts.append(paragraph(f"{entry['run']}: nothing wrong found{early}."))
-        for finding in entry["findings"]:
-            after = f", which follows from {', '.join(finding['consequence_of'])}" if finding["consequence_of"] else ""
-            parts.append(
-                f'<div class="finding"><p><strong>{text(entry["run"])}: {text(finding["cause"])}</strong>{text(after)}: '
-                f"{text(finding['what'])}. {text(finding['sure'].capitalize())}.</p>"
-                f"<p>Why: {text(finding['why'])}.</p><p>Try: {text(finding['change'])}.</p></div>"
-            )
-    return _section("The doctor", *parts)
+    said, parts = report["doctor"], []
+    for finding in said["findings"]:
+        after = f", which follows from {', '.join(finding['consequence_of'])}" if finding["consequence_of"] else ""
+        parts.append(
+            f'<div class="finding"><p><strong>{text(finding["cause"])}</strong>{text(after)} ({text(", ".join(finding["runs"]))}): '
+            f"{text(finding['what'])}. {text(finding['sure'].capitalize())}.</p>"
+            f"<p>Why: {text(finding['why'])}.</p><p>Try: {text(finding['change'])}.</p></div>"
+        )
+    if said["healthy"]:
+        parts.append(paragraph(f"Nothing wrong found: {', '.join(said['healthy'])}."))
+    if said["early"]:
+        parts.append(
+            paragraph(f"Nothing wrong found, but a run's first tenth is not judged: {', '.join(said['early'])}.")
+        )
+    parts += [paragraph(f"Not examined, {one['run']}: {one['why']}.") for one in said["not_examined"]]
+    return _section("The doctor", *parts) if parts else ""
 
 
 def _settings(report: Json) -> str:

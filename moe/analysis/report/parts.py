@@ -56,22 +56,29 @@ def ledger_table(folders: Mapping[str, Sequence[Path]]) -> Json | None:
         return None
 
 
-def doctors(runs: Sequence[RunRows]) -> list[Json]:
-    """What the doctor says of every sparse run: its findings, or why it cannot say."""
-    found = []
+def doctors(runs: Sequence[RunRows]) -> Json:
+    """What the doctor says of the sparse runs: `findings` (what several share: once), `healthy` runs, `not_examined`."""
+    said: Json = {"findings": [], "healthy": [], "early": [], "not_examined": []}
     for run in runs:
         if run.config["model"].get("moe") is None:
             continue
-        entry: Json = {"run": run.path.name, "step": None, "early": False, "findings": [], "why": None}
         try:
             history = read_history(run.path)
-            findings = diagnose(history)
-            entry |= {
-                "step": history.step,
-                "early": history.step <= history.grace,
-                "findings": [f.as_json() for f in findings],
-            }
         except UserError as error:
-            entry["why"] = str(error)
-        found.append(entry)
-    return found
+            said["not_examined"].append({"run": run.path.name, "why": str(error)})
+            continue
+        found = [finding.as_json() for finding in diagnose(history)]
+        if not found:
+            said["early" if history.step <= history.grace else "healthy"].append(run.path.name)
+        for finding in found:
+            alike = next((f for f in said["findings"] if _told(f) == _told(finding)), None)
+            if alike is None:
+                said["findings"].append(finding | {"runs": [run.path.name]})
+            else:
+                alike["runs"].append(run.path.name)
+    return said
+
+
+def _told(finding: Json) -> tuple[str, ...]:
+    """What a reader is told of a finding."""
+    return tuple(str(finding[name]) for name in ("cause", "sure", "what", "why", "change", "consequence_of"))

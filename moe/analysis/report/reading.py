@@ -1,7 +1,7 @@
 """Runs for the report, finished or not, and which of them are one kind of model with several seeds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,19 +79,29 @@ def kind_of(run: RunRows) -> str:
 
 
 def grouped(runs: Sequence[RunRows]) -> dict[str, list[RunRows]]:
-    """Runs by arm, in the order given: those that differ in the seed only are one arm, named by what their folders share."""
-    kinds: dict[str, list[RunRows]] = {}
-    for run in runs:
-        kinds.setdefault(kind_of(run), []).append(run)
+    """Runs by arm, in the order given: those that differ in the seed only are one arm, named by what their folders share.
+
+    Where a seed is there twice, runs of one folder stay together; where it is there twice in one, each run is an arm.
+    """
     arms: dict[str, list[RunRows]] = {}
-    for members in kinds.values():
-        members.sort(key=lambda run: run.config["seed"])
-        seeds = [run.config["seed"] for run in members]
-        if len(set(seeds)) < len(seeds):  # the same run twice over, or repeated: no arm of several seeds
-            arms |= {_free(run.path.name, arms, run.path): [run] for run in members}
-        else:
-            arms[_free(_shared_name(members), arms, members[0].path)] = members
+    for members in _apart(runs, kind_of):
+        folders = [members] if _seeds_differ(members) else _apart(members, lambda run: str(run.path.resolve().parent))
+        for together in folders:
+            for group in [together] if _seeds_differ(together) else [[run] for run in together]:
+                group = sorted(group, key=lambda run: run.config["seed"])
+                arms[_free(_shared_name(group), arms, group[0].path)] = group
     return arms
+
+
+def _apart(runs: Sequence[RunRows], key: Callable[[RunRows], str]) -> list[list[RunRows]]:
+    found: dict[str, list[RunRows]] = {}
+    for run in runs:
+        found.setdefault(key(run), []).append(run)
+    return list(found.values())
+
+
+def _seeds_differ(runs: Sequence[RunRows]) -> bool:
+    return len({run.config["seed"] for run in runs}) == len(runs)
 
 
 def _shared_name(runs: Sequence[RunRows]) -> str:

@@ -67,13 +67,13 @@ def group_sentence(name: str, over: str, gain: Interval) -> str:
     decimals, seeds = _decimals(gain.mean, gain.low, gain.high), len(gain.values)
     if gain.low is None or gain.high is None:
         return (
-            f"{name} against {over}: {signed(gain.mean, decimals)} bits per byte with the one seed that both have, "
+            f"{name} against {over}: a gain of {signed(gain.mean, decimals)} bits per byte with the one seed that both have, "
             "which gives no interval and names no winner."
         )
     ends = f"[{signed(gain.low, decimals)}, {signed(gain.high, decimals)}]"
     word = {"ahead": "better", "behind": "worse", "undecided": "undecided"}[gain.verdict]
     return (
-        f"{name} against {over}: {word}, {signed(gain.mean, decimals)} {ends} bits per byte over {seeds} paired seeds, "
+        f"{name} against {over}: {word}, a gain of {signed(gain.mean, decimals)} {ends} bits per byte over {seeds} paired seeds, "
         f"each run at its own end."
     )
 
