@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from moe.config.schema import Cost
-from moe.cost.rates import board_watts, grid_intensity, grid_source, rent_per_hour
+from moe.cost.rates import board_watts, grid_intensity, grid_source, rent_per_hour, watts_source
 
 JOULES_PER_KWH = 3.6e6
 Grade = Literal["measured", "estimated", "assumed"]
@@ -116,7 +116,11 @@ def planned_joules(device_name: str, devices: int, seconds: float) -> Graded | N
     are not in it.
     """
     watts = board_watts(device_name)
-    return None if watts is None else Graded(watts * devices * seconds, "assumed", f"{watts:g} W board limit")
+    return (
+        None
+        if watts is None
+        else Graded(watts * devices * seconds, "assumed", f"{watts:g} W {watts_source(device_name)}")
+    )
 
 
 def planned_charge(cost: Cost, device_name: str, devices: int, seconds: float) -> Charge:

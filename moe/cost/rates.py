@@ -18,42 +18,44 @@ TWN 642 URY 129 USA 369 VNM 475 WORLD 480 ZAF 708
 _PAIRS = _GRID.split()
 GRID = {region: float(value.rstrip("*")) for region, value in zip(_PAIRS[::2], _PAIRS[1::2], strict=True)}
 
-# Chips as moe_triton.chips names them: watts of the whole board at its limit (the vendor's datasheet; of an MI250X, half), and
-# US dollars for one of them per hour, rented on demand, where a public list has it.
+# Chips as moe_triton.chips names them: watts of the whole board at its limit (of an MI250X, half; a question mark where no source
+# was found when they were checked, so the figure is remembered), and US dollars for one of them per hour, rented on demand,
+# from a public list. docs/rates.md has the sources, line by line.
 _DEVICES = """
-V100 SXM2      |  300 |      |
-T4             |   70 | 0.59 | Modal, 2026-05
-A100 SXM4 80GB |  400 | 1.79 | RunPod, 2026-11
-A100 SXM4 40GB |  400 | 1.99 | Lambda, 2026-11
-A100 PCIE 80GB |  300 | 1.79 | RunPod, 2026-11
-A100 PCIE 40GB |  250 |      |
-A10            |  150 | 0.86 | Lambda, 2026-05
-RTX A6000      |  300 |      |
-RTX 3090       |  350 |      |
-RTX 4090       |  450 |      |
-RTX 6000 ADA   |  300 |      |
-L4             |   72 | 0.80 | Modal, 2026-05
-L40            |  300 |      |
-L40S           |  350 | 1.95 | Modal, 2026-05
-H100 HBM3      |  700 | 3.99 | RunPod, 2026-11
-H100 NVL       |  400 | 3.19 | RunPod, 2026-11
-H100 PCIE      |  350 | 2.89 | RunPod, 2026-11
-H800           |  700 | 2.00 | DeepSeek-V3 report, arXiv 2412.19437
-H20            |  400 |      |
-H200 NVL       |  600 |      |
-H200           |  700 | 4.59 | RunPod, 2026-10
-B200           | 1000 | 6.79 | RunPod, 2026-10
-GB200          | 1200 |      |
-B300           |      | 7.89 | RunPod, 2026-10
-RTX 5090       |  575 |      |
-MI250X         |  280 |      |
-MI300X         |  750 |      |
-MI325X         | 1000 |      |
-MI350X         | 1000 |      |
-MI355X         | 1400 |      |
+V100 SXM2      |  300? |      |
+T4             |    70 | 0.59 | Modal, 2026-05-07
+A100 SXM4 80GB |   400 | 1.79 | RunPod secure, 2026-11-09
+A100 SXM4 40GB |   400 | 1.99 | Lambda, 2026-11-16
+A100 PCIE 80GB |   300 | 1.79 | RunPod secure, 2026-11-09
+A100 PCIE 40GB |   250 |      |
+A10            |  150? | 0.86 | Lambda, 2026-05-07
+RTX A6000      |  300? |      |
+RTX 3090       |   350 |      |
+RTX 4090       |   450 |      |
+RTX 6000 ADA   |   300 |      |
+L4             |    72 | 0.80 | Modal, 2026-05-07
+L40            |  300? |      |
+L40S           |   350 | 1.95 | Modal, 2026-05-07
+H100 HBM3      |   700 | 3.99 | RunPod secure, 2026-11-09
+H100 NVL       |   400 | 3.19 | RunPod secure, 2026-11-09
+H100 PCIE      |   350 | 2.89 | RunPod secure, 2026-11-09
+H800           |  700? | 2.00 | assumed in arXiv 2412.19437, 2024-12
+H20            |  400? |      |
+H200 NVL       |   600 |      |
+H200           |   700 | 4.59 | RunPod, 2026-10-07
+B200           |  1000 | 6.79 | RunPod, 2026-10-07
+GB200          |  1200 |      |
+B300           |       | 7.89 | RunPod, 2026-10-07
+RTX 5090       |   575 |      |
+MI250X         |   280 |      |
+MI300X         |   750 |      |
+MI325X         | 1000? |      |
+MI350X         |  1000 |      |
+MI355X         |  1400 |      |
 """
 _ROWS = [[cell.strip() for cell in line.split("|")] for line in _DEVICES.strip().splitlines()]
-WATTS = {name: float(watts) for name, watts, _, _ in _ROWS if watts}
+WATTS = {name: float(watts.rstrip("?")) for name, watts, _, _ in _ROWS if watts}
+UNCONFIRMED = frozenset(name for name, watts, _, _ in _ROWS if watts.endswith("?"))
 PRICES = {name: (float(price), source) for name, _, price, source in _ROWS if price}
 
 IDLE_WATTS_PER_THREAD = 0.74
@@ -85,6 +87,12 @@ def board_watts(device_name: str) -> float | None:
     """Watts of a device at its limit, from the name that torch gives it; None if it is not in the table."""
     chip = find(device_name)
     return None if chip is None else WATTS.get(chip.name)
+
+
+def watts_source(device_name: str) -> str:
+    """What `board_watts` is: a limit that a source confirms, or one that is only remembered."""
+    chip = find(device_name)
+    return "board limit, not confirmed" if chip is not None and chip.name in UNCONFIRMED else "board limit"
 
 
 def rent_per_hour(device_name: str) -> tuple[float, str] | None:

@@ -16,7 +16,7 @@ import torch
 
 from moe.config.schema import Run
 from moe.cost.charges import Grade
-from moe.cost.rates import IDLE_WATTS_PER_THREAD, WATTS_PER_GIB, board_watts
+from moe.cost.rates import IDLE_WATTS_PER_THREAD, WATTS_PER_GIB, board_watts, watts_source
 from moe.parallel import Ranks
 from moe.train.memory import memory_bytes
 
@@ -214,7 +214,7 @@ def _gpu(device: torch.device) -> Meter | None:
         meter = nvml_meter(library, uuid if uuid.startswith("GPU-") else f"GPU-{uuid}") if library is not None else None
     watts = board_watts(name)
     if meter is None and watts is not None:
-        meter = Integrator("gpu", "assumed", f"{watts:g} W board limit", lambda: watts)
+        meter = Integrator("gpu", "assumed", f"{watts:g} W {watts_source(name)}", lambda: watts)
     return meter
 
 
