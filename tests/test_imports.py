@@ -195,7 +195,7 @@ def test_every_imported_package_is_a_declared_dependency():
         *project["dependencies"],
         *(
             r
-            for extra in ("tensorboard", "hf", "harness", "energy", "quantise")
+            for extra in ("tensorboard", "hf", "harness", "energy", "quantise", "gguf")
             for r in project["optional-dependencies"][extra]
         ),
     ]

@@ -39,6 +39,17 @@ def quantise(
     typer.echo(module.describe(module.quantise(folder, out, bits), out, bits))
 
 
+@app.command()
+def gguf(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of an export: 'moe export' writes one")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="new file")],
+    dtype: Annotated[str, typer.Option("--type", metavar="f32|f16|bf16|q8_0|q4_0", help="of the matrices")] = "f16",
+) -> None:
+    """Write an export as one file for llama.cpp, or say what llama.cpp would compute otherwise."""
+    module = import_module("moe.hf.gguf_file")
+    typer.echo(module.describe(module.write_gguf(folder, out, dtype), out, dtype))
+
+
 @app.command("import")
 def import_(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a model in transformers' format")],
