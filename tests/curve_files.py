@@ -35,9 +35,16 @@ def gain(size: float, experts: int, progress_S: np.ndarray, shape: float = 0.0) 
 
 
 def rows(
-    noise: float = 0.0, shape: float = 0.0, seed: int = 0, sizes: Sequence[str] = tuple(SIZES)
+    noise: float = 0.0,
+    shape: float = 0.0,
+    seed: int = 0,
+    sizes: Sequence[str] = tuple(SIZES),
+    kind: tuple[float, float] = (1, 0.5),
 ) -> list[dict[str, Any]]:
-    """Dense and sparse runs of every size; `noise` is nats per evaluation, `shape` each run's deviation in the power."""
+    """Dense and sparse runs of every size; `noise` is nats per evaluation, `shape` each run's deviation in the power.
+
+    `kind` is the sparse runs' k and share of sparse layers.
+    """
     random = np.random.default_rng(seed)
     progress_S = STEPS / STEPS[-1]
     found, run = [], 0
@@ -48,7 +55,7 @@ def rows(
             loss_S = dense_loss(size, progress_S) - gain_S + noise * random.normal(size=STEPS.size)
             run += 1
             for step, loss in zip(STEPS, loss_S, strict=True):
-                values = (run, step, loss, experts, router, size, label, 1, 0.5, 1.0 if router == "Dense" else "")
+                values = (run, step, loss, experts, router, size, label, *kind, 1.0 if router == "Dense" else "")
                 found.append(dict(zip(HEADER, values, strict=True)))
     return found
 

@@ -50,7 +50,19 @@ def planted(tmp_path, past):
             folder(tmp_path / "s", sparse, step_S, 3 - gain_S),
             folder(tmp_path / "d", dense, step_S, 3 + 0 * gain_S),
         )
-        return ["forecast", "run", names[0], "--dense", names[1], "--past", str(past)], float(path_S[-1])
+        return [
+            "forecast",
+            "run",
+            names[0],
+            "--dense",
+            names[1],
+            "--past",
+            str(past),
+            "--top-k",
+            "1",
+            "--routing-frequency",
+            "0.5",
+        ], float(path_S[-1])
 
     return make
 

@@ -6,9 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from moe.config.rates import learning_rate
 from moe.config.schema import AdamW, Cosine, GroupedQueryAttention, Model, MoE, Wsd
 from moe.model import Transformer
-from moe.optim import build_optimizer, clip, gradient_norm, learning_rate, parameter_groups
+from moe.optim import build_optimizer, clip, gradient_norm, parameter_groups
 from moe.parallel import Ranks
 from moe.routers.loss_free import Config as LossFree
 

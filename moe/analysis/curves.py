@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moe.analysis.annealing import read_schedule
+from moe.config.schema import Schedule
 from moe.errors import DataError
 
 COLUMNS = ("hyper_id", "step", "router_type", "num_experts", "dense_parameter_count", "model_size_label")
@@ -42,10 +44,19 @@ class Curve:
     """Nats per token."""
     dropped: int
     """Evaluations left out because their loss was not finite."""
+    pair: str = ""
+    """What a dense run and its sparse runs share; empty where a size's dense runs are the reference of all its sparse runs."""
+    schedule: Schedule | None = None
+    """Learning rates, if the file tells them."""
 
     @property
     def is_dense(self) -> bool:
         return self.router.lower() == DENSE
+
+    @property
+    def reference(self) -> tuple[float, str]:
+        """What runs must share to have one dense reference and one length of training."""
+        return self.size, self.pair
 
 
 @dataclass(frozen=True)
@@ -105,13 +116,14 @@ def read_curves(
 def gains(curves: Sequence[Curve], anchor: float) -> Gains:
     """Gains on a grid from the evaluation nearest to `anchor` (share of training) to the end, at the file's own interval.
 
-    Each size's training ends at the largest step of its runs; several dense runs of one size are averaged.
+    The training of a size (of a pair, where the file has pairs) ends at the largest step of its runs; several dense runs are
+    averaged.
     Raises DataError where no sparse run is finished, or evaluations are too far apart for the anchor.
     """
     if not 0 < anchor < 1:
         raise DataError(f"the anchor ({anchor:g}) must be a share of training between 0 and 1: e.g. 0.08.")
     finished, totals, _ = _finished(curves)
-    return _gains(curves, _grid([c.step_S / totals[c.size] for c in finished], anchor))
+    return _gains(curves, _grid([c.step_S / totals[c.reference] for c in finished], anchor))
 
 
 def final_gains(curves: Sequence[Curve]) -> Gains:
@@ -128,29 +140,35 @@ def size_of(label: str, found: Gains) -> float:
     return sizes[label]
 
 
-def _finished(curves: Sequence[Curve]) -> tuple[list[Curve], dict[float, float], list[str]]:
-    """Runs that reached the end, the last step of each size's training, and why the other runs are left out."""
-    totals: dict[float, float] = {}
+def totals_of(curves: Sequence[Curve]) -> dict[tuple[float, str], float]:
+    """The last step of training, by `Curve.reference`."""
+    totals: dict[tuple[float, str], float] = {}
     for curve in curves:
         if curve.step_S.size:
-            totals[curve.size] = max(totals.get(curve.size, 0.0), float(curve.step_S[-1]))
-    finished = [c for c in curves if c.step_S.size > 1 and c.step_S[-1] >= FINISHED * totals[c.size]]
+            totals[curve.reference] = max(totals.get(curve.reference, 0.0), float(curve.step_S[-1]))
+    return totals
+
+
+def _finished(curves: Sequence[Curve]) -> tuple[list[Curve], dict[tuple[float, str], float], list[str]]:
+    """Runs that reached the end, the last step of each training, and why the other runs are left out."""
+    totals = totals_of(curves)
+    finished = [c for c in curves if c.step_S.size > 1 and c.step_S[-1] >= FINISHED * totals[c.reference]]
     left_out = [f"{c.run}: ends before {FINISHED:.0%} of its training" for c in curves if c not in finished]
     return finished, totals, left_out
 
 
 def _gains(curves: Sequence[Curve], progress_S: np.ndarray) -> Gains:
     finished, totals, left_out = _finished(curves)
-    dense: dict[float, list[np.ndarray]] = {}
+    dense: dict[tuple[float, str], list[np.ndarray]] = {}
     for curve in finished:
         if curve.is_dense:
-            dense.setdefault(curve.size, []).append(_at(curve, totals[curve.size], progress_S))
+            dense.setdefault(curve.reference, []).append(_at(curve, totals[curve.reference], progress_S))
     sparse = [curve for curve in finished if not curve.is_dense]
-    left_out += [f"{c.run}: no finished dense run of {c.label}" for c in sparse if c.size not in dense]
-    sparse = [curve for curve in sparse if curve.size in dense]
+    left_out += [f"{c.run}: no finished dense run of {c.label}" for c in sparse if c.reference not in dense]
+    sparse = [curve for curve in sparse if curve.reference in dense]
     if not sparse:
         raise DataError(f"no finished sparse run has a finished dense run of its size ({'; '.join(left_out[:3])}).")
-    gain_RS = np.stack([np.mean(dense[c.size], 0) - _at(c, totals[c.size], progress_S) for c in sparse])
+    gain_RS = np.stack([np.mean(dense[c.reference], 0) - _at(c, totals[c.reference], progress_S) for c in sparse])
     return Gains(
         progress_S,
         gain_RS,
@@ -159,7 +177,7 @@ def _gains(curves: Sequence[Curve], progress_S: np.ndarray) -> Gains:
         router_R=np.array([c.router for c in sparse]),
         label_R=np.array([c.label for c in sparse]),
         run_R=np.array([c.run for c in sparse]),
-        dense_R=np.array([np.mean(dense[c.size], 0)[-1] for c in sparse]),
+        dense_R=np.array([np.mean(dense[c.reference], 0)[-1] for c in sparse]),
         left_out=tuple(left_out),
     )
 
@@ -211,7 +229,19 @@ def _curve(path: Path, run: str, lines: list[tuple[int, dict[str, str]]], loss: 
             points[step] = value
     step_S = np.array(sorted(points))
     loss_S = np.array([points[step] for step in step_S])
-    return Curve(run, first["router_type"], int(experts), size, first["model_size_label"], step_S, loss_S, dropped)
+    schedule = first.get("schedule", "").strip()
+    return Curve(
+        run,
+        first["router_type"],
+        int(experts),
+        size,
+        first["model_size_label"],
+        step_S,
+        loss_S,
+        dropped,
+        first.get("pair", "").strip(),
+        read_schedule(schedule, where) if schedule else None,
+    )
 
 
 def _number(row: dict[str, str], name: str, where: str) -> float:

@@ -31,6 +31,8 @@ RELATIVE_ERROR = 0.035
 COLUMNS = 4
 MIN_RUNS = 19
 """Calibration runs below which no rank of theirs is a 5 % quantile: 1 / 0.05 - 1."""
+BEYOND = 1.1
+"""A size this many times the largest past one, or this much below the smallest, is not one of theirs."""
 Folds = Literal["others", "smaller", "larger"]
 
 
@@ -89,7 +91,8 @@ def fit_forecaster(
     than filling in. Raises DataError for fewer than MIN_RUNS calibration runs.
     """
     sizes = np.unique(past.size_R)
-    edge: Folds | None = "smaller" if target_size > sizes[-1] else "larger" if target_size < sizes[0] else None
+    above, below = target_size > BEYOND * sizes[-1], target_size < sizes[0] / BEYOND
+    edge: Folds | None = "smaller" if above else "larger" if below else None
     calibrations = []
     for folds in ("others", edge):
         misses = _cross_predictions(past, folds) if folds is not None else []

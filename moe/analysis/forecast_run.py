@@ -2,59 +2,88 @@
 
 Learnt from a file of finished runs. Gains are read at that file's own shares of training, between evaluations by
 interpolation, so that the alarm looks exactly as often as its threshold was calibrated for, whatever the interval here.
+Past runs of another schedule are translated to the new run's (`translate.py`).
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe import cost
-from moe.analysis.curves import Gains
-from moe.analysis.forecast import fit_forecaster
+from moe.analysis.curves import Curve, gains
+from moe.analysis.forecast import BEYOND, Forecaster, fit_forecaster
 from moe.analysis.rows import EVALS, read_json, read_lines
+from moe.analysis.translate import same_shape, to_schedule
 from moe.config.load import load
+from moe.config.schema import Run, Schedule
 from moe.errors import UserError
 
 Json = dict[str, Any]
 
 
-def forecast_run(
-    sparse: Path, dense: Path, past: Gains, *, confidence: float = 0.9, false_alarm_rate: float = 0.05
-) -> Json:
-    """Forecast of the final gain in nats per token, and the looks so far; both runs may be unfinished.
+@dataclass(frozen=True)
+class Subject:
+    """What a forecast must know of a sparse run."""
 
-    Raises UserError where the folders are not a sparse run and its dense twin, or not far enough for the anchor.
+    size: float
+    """Active parameters."""
+    experts: int
+    steps: int
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A forecaster for one run, and what it was learnt from."""
+
+    forecaster: Forecaster
+    past_runs: int
+    beyond_past_sizes: bool
+    form: str
+    """`plain`: past runs at the same share of training. `rate-aware`: past runs of another schedule, translated."""
+
+
+def subject_of(run: Run) -> Subject:
+    """The part of a sparse run's config that is forecast with."""
+    assert run.model.moe is not None
+    size = float(cost.parameters(run.model).active)
+    return Subject(size, run.model.moe.num_experts, run.train.steps, run.train.schedule)
+
+
+def learn(
+    curves: Sequence[Curve], subject: Subject, *, anchor: float, confidence: float, false_alarm_rate: float
+) -> Learnt:
+    """Fit and calibrate on past runs, brought to the run's schedule where the file tells theirs and it is another one.
+
+    Raises DataError for too few of them, evaluations too far from the anchor, or schedules of some runs only.
     """
-    run, twin = (load(read_json(folder / "run.json", {"run": (dict,)})["run"]) for folder in (sparse, dense))
-    if run.model.moe is None or twin.model.moe is not None:
-        raise UserError(f"{sparse} must be a sparse run and {dense} a dense one: exchange or correct the folders.")
-    if run.train.steps != twin.train.steps:
-        raise UserError(
-            f"{sparse} trains {run.train.steps} steps and {dense} {twin.train.steps}: a gain needs the same schedule."
-        )
-    progress_S, gain_S = _gains(sparse, dense, run.train.steps)
-    anchor = float(past.progress_S[0])
-    if not progress_S[0] <= anchor <= progress_S[-1]:
-        raise UserError(
-            f"both runs were evaluated from {progress_S[0]:.1%} to {progress_S[-1]:.1%} of training, the anchor is at "
-            f"{anchor:.1%}: train on, evaluate earlier, or choose another --anchor."
-        )
-    size, experts = float(cost.parameters(run.model).active), run.model.moe.num_experts
-    forecaster = fit_forecaster(past, size, confidence=confidence, false_alarm_rate=false_alarm_rate)
-    point = np.interp([anchor], progress_S, gain_S), np.array([size]), np.array([float(experts)])
+    form = "plain"
+    if any(curve.schedule is not None for curve in curves):
+        moved = to_schedule(curves, subject.schedule, subject.steps)
+        form = "rate-aware" if any(new is not old for new, old in zip(moved, curves, strict=True)) else "plain"
+        curves = moved
+    past = gains(curves, anchor)
+    forecaster = fit_forecaster(past, subject.size, confidence=confidence, false_alarm_rate=false_alarm_rate)
+    beyond = not past.size_R.min() / BEYOND <= subject.size <= past.size_R.max() * BEYOND
+    return Learnt(forecaster, int(past.size_R.size), bool(beyond), form)
+
+
+def look(learnt: Learnt, subject: Subject, progress_S: np.ndarray, gain_S: np.ndarray) -> Json:
+    """The forecast and its alarm from the gains so far; the first of them must not lie after the anchor, nor the last before it."""
+    forecaster, anchor = learnt.forecaster, learnt.forecaster.anchor
+    calibration = forecaster.calibration
+    point = np.interp([anchor], progress_S, gain_S), np.array([subject.size]), np.array([float(subject.experts)])
     low, middle, high = forecaster.final(*point)[0].tolist()
     grid_S = forecaster.progress_S
     later_S = np.interp(grid_S, progress_S, gain_S)
     seen_S = grid_S <= progress_S[-1] + 1e-9
     z_S = forecaster.deviations(*point, later_S[None])[0]
-    fired = np.flatnonzero(seen_S & (z_S < forecaster.calibration.threshold))
+    fired = np.flatnonzero(seen_S & (z_S < calibration.threshold))
     return {
-        "schema_version": 1,
-        "unit": "nats per token",
-        "active_parameters": size,
-        "experts": experts,
         "progress": float(progress_S[-1]),
         "anchor": anchor,
         "gain_at_anchor": float(point[0][0]),
@@ -62,11 +91,12 @@ def forecast_run(
         "forecast": middle,
         "low": low,
         "high": high,
-        "confidence": confidence,
-        "past_runs": int(past.size_R.size),
-        "beyond_past_sizes": not past.size_R.min() <= size <= past.size_R.max(),
-        "false_alarm_rate": false_alarm_rate,
-        "threshold": forecaster.calibration.threshold if math.isfinite(forecaster.calibration.threshold) else None,
+        "confidence": calibration.confidence,
+        "form": learnt.form,
+        "past_runs": learnt.past_runs,
+        "beyond_past_sizes": learnt.beyond_past_sizes,
+        "false_alarm_rate": calibration.false_alarm_rate,
+        "threshold": calibration.threshold if math.isfinite(calibration.threshold) else None,
         "looks": [
             {"progress": float(p), "gain": float(g), "deviation": float(z)}
             for p, g, z in zip(grid_S[seen_S], later_S[seen_S], z_S[seen_S], strict=True)
@@ -75,39 +105,42 @@ def forecast_run(
     }
 
 
-def describe(result: Json) -> str:
-    """The forecast in words."""
-    lines = [
-        f"at {result['progress']:.1%} of training the gain is {result['gain_now']:+.4f} nats per token (at "
-        f"{result['anchor']:.1%}: {result['gain_at_anchor']:+.4f})",
-        f"final gain {result['forecast']:.4f} [{result['low']:.4f}, {result['high']:.4f}], {result['confidence']:.0%} interval "
-        f"from {result['past_runs']} past runs",
-    ]
-    if result["beyond_past_sizes"]:
-        lines.append("this size lies beyond all past ones: the interval rests on how well they predicted one another")
-    if result["threshold"] is None:
-        lines.append(f"no alarm: too few past runs for a rate of {result['false_alarm_rate']:.1%} per run")
-    elif result["alarm"] is None:
-        lines.append(
-            f"no alarm in {len(result['looks'])} looks ({result['false_alarm_rate']:.0%} false alarms per run)"
+def require_reach(learnt: Learnt, progress_S: np.ndarray) -> None:
+    """Raise UserError where the evaluations do not enclose the anchor."""
+    anchor = learnt.forecaster.anchor
+    if not progress_S[0] <= anchor + 1e-9 or not anchor <= progress_S[-1] + 1e-9:
+        raise UserError(
+            f"both runs were evaluated from {progress_S[0]:.1%} to {progress_S[-1]:.1%} of training, the anchor is at "
+            f"{anchor:.1%}: train on, evaluate earlier, or choose another anchor."
         )
-    else:
-        lines.append(
-            f"ALARM at {result['alarm']:.1%}: the gain has fallen behind (false in {result['false_alarm_rate']:.0%} of "
-            "healthy runs)"
-        )
-    return "\n".join(lines)
 
 
-def _gains(sparse: Path, dense: Path, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """(share of training, dense minus sparse loss) at the steps where both were evaluated on as many rows."""
+def require_twin(run: Run, sparse: Path, dense: Path) -> None:
+    """Raise UserError where the folder holds no dense run of as many steps with the same schedule."""
+    twin = load(read_json(dense / "run.json", {"run": (dict,)})["run"])
+    if twin.model.moe is not None:
+        raise UserError(f"{sparse} must be a sparse run and {dense} a dense one: exchange or correct the folders.")
+    steps, other = run.train.steps, twin.train.steps
+    if steps != other or not same_shape(run.train.schedule, steps, twin.train.schedule, other):
+        raise UserError(
+            f"{sparse} trains {steps} steps ({run.train.schedule.name}) and {dense} {other} ({twin.train.schedule.name}): a gain "
+            "needs the same schedule."
+        )
+
+
+def gains_so_far(sparse: Path, dense: Path, steps: int, until: float = math.inf) -> tuple[np.ndarray, np.ndarray]:
+    """(share of training, dense minus sparse loss) at the steps up to `until` where both were evaluated on as many rows.
+
+    The final evaluation is used only where there is no other of its step, because it has other rows.
+    """
     tables = []
     for folder in (sparse, dense):
         rows = read_lines(folder / "evals.jsonl", EVALS, lambda row: (row["step"], row["final"]))
         tables.append({(row["step"], row["final"]): row for row in rows if row.get("loss") is not None})
-    common = sorted(key for key in tables[0].keys() & tables[1].keys() if key[0] > 0)
-    last = {step: (step, final) for step, final in common}  # the final evaluation has more rows than the one before it
-    if len(last) < 2:
-        raise UserError(f"{sparse} and {dense} share {len(last)} evaluations, 2 are needed: train on.")
-    gain_S = np.array([tables[1][key]["loss"] - tables[0][key]["loss"] for key in last.values()])
-    return np.array(list(last)) / steps, gain_S
+    common = sorted((key for key in tables[0].keys() & tables[1].keys() if 0 < key[0] <= until), reverse=True)
+    first = dict(common)  # of a step's two evaluations the one that is not final, which comes last here
+    if len(first) < 2:
+        raise UserError(f"{sparse} and {dense} share {len(first)} evaluations, 2 are needed: train on.")
+    step_S = sorted(first)
+    gain_S = np.array([tables[1][s, first[s]]["loss"] - tables[0][s, first[s]]["loss"] for s in step_S])
+    return np.array(step_S) / steps, gain_S

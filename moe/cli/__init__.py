@@ -1,7 +1,8 @@
 """The command `moe`. Each command imports what it needs when it runs, so that `moe --help` answers at once.
 
 runs        show, train, resume, plan, profile, routers, life
-judgements  compare, promise, report, doctor, probe, ledger, forecast, ladder
+judgements  compare, promise, report, doctor, probe, ledger, ladder
+forecasts   forecast
 models      export, import, eval, generate, upcycle, prune, and what else makes one model of another
 common      arguments and options that several commands have
 """
@@ -10,7 +11,7 @@ from typing import Any
 
 import typer
 
-from moe.cli import judgements, models, runs
+from moe.cli import forecasts, judgements, models, runs
 from moe.errors import fail, run_main
 
 app = typer.Typer(
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for part in (runs, judgements, models):
+for part in (runs, judgements, forecasts, models):
     app.add_typer(part.app)
 # Typer's usage errors all derive from this class, whichever module it keeps them in.
 UsageError: Any = typer.BadParameter.__bases__[0]

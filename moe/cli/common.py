@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="recipes/x.py, recipes/x.py:variant, or a run.json")
@@ -18,6 +19,14 @@ TopKOption = Annotated[float, typer.Option(help="use the sparse runs with this k
 FrequencyOption = Annotated[float, typer.Option(help="use the sparse runs with this share of sparse layers")]
 ConfidenceOption = Annotated[float, typer.Option(min=0.5, max=0.99, help="of the intervals")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of words")]
+
+
+class RunByDefault(TyperGroup):
+    """A group whose first word may be what `run` is about: `moe ladder RECIPE` is `moe ladder run RECIPE`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = bool(args) and (args[0] in self.commands or args[0].startswith("-"))
+        return super().resolve_command(ctx, args if known else ["run", *args])
 
 
 def print_result(result: Any, describe: Any, json: bool) -> None:

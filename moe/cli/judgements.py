@@ -1,12 +1,11 @@
-"""Commands that judge runs: compare, promise, report, doctor, probe, ledger, forecast, ladder."""
+"""Commands that judge runs: compare, promise, report, doctor, probe, ledger, ladder."""
 
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from moe.cli.common import (
     ConfidenceOption,
@@ -16,27 +15,17 @@ from moe.cli.common import (
     LossOption,
     OverridesArgument,
     RecipeArgument,
+    RunByDefault,
     TopKOption,
     lazy,
     print_result,
 )
 from moe.errors import ConfigError
 
-
-class RecipeFirst(TyperGroup):
-    """A group whose first word may be a recipe: `moe ladder RECIPE` is `moe ladder run RECIPE`."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        known = bool(args) and (args[0] in self.commands or args[0].startswith("-"))
-        return super().resolve_command(ctx, args if known else ["run", *args])
-
-
 app = typer.Typer()
-forecast = typer.Typer(help="Predict a sparse run's final gain over dense from its first per cent.")
 ladder = typer.Typer(
-    cls=RecipeFirst, help="Predict the gain over dense at a size that has not been trained, from smaller ones."
+    cls=RunByDefault, help="Predict the gain over dense at a size that has not been trained, from smaller ones."
 )
-app.add_typer(forecast, name="forecast")
 app.add_typer(ladder, name="ladder")
 
 
@@ -204,48 +193,6 @@ def ledger(
             f"--against compares one run with a dense one, found {len(result['runs'])} runs: name one folder"
         )
     print_result(result, lambda _: "\n".join(words), json)
-
-
-@forecast.command("backtest")
-def forecast_backtest(
-    curves: CurvesArgument,
-    hold_out: Annotated[str, typer.Option(metavar="SIZE|all", help="model_size_label to predict, or each in turn")],
-    anchor: Annotated[float, typer.Option(help="share of training after which to predict")] = 0.08,
-    fit_on: Annotated[str, typer.Option(metavar="others|smaller", help="sizes to learn from")] = "others",
-    confidence: ConfidenceOption = 0.9,
-    false_alarm_rate: Annotated[float, typer.Option(min=0.001, max=0.5, help="of the alarm, per whole run")] = 0.05,
-    loss: LossOption = "loss_validation",
-    top_k: TopKOption = 1,
-    routing_frequency: FrequencyOption = 0.5,
-    json: JsonOption = False,
-) -> None:
-    """Hold a model size out of a file of loss curves, forecast its runs' final gains from the others, and score that."""
-    module, found = import_module("moe.analysis.forecast_backtest"), import_module("moe.analysis.curves")
-    runs = found.gains(found.read_curves(curves, loss=loss, top_k=top_k, routing_frequency=routing_frequency), anchor)
-    result = module.backtest(runs, hold_out, fit_on=fit_on, confidence=confidence, false_alarm_rate=false_alarm_rate)
-    print_result(result, module.describe, json)
-
-
-@forecast.command("run")
-def forecast_run(
-    sparse: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a sparse run, finished or not")],
-    dense: Annotated[Path, typer.Option(metavar="DIR", help="folder of its dense twin")],
-    past: Annotated[Path, typer.Option(metavar="CSV", help="loss curves of finished runs to learn from")],
-    anchor: Annotated[float, typer.Option(help="share of training after which to predict")] = 0.08,
-    confidence: ConfidenceOption = 0.9,
-    false_alarm_rate: Annotated[float, typer.Option(min=0.001, max=0.5, help="of the alarm, per whole run")] = 0.05,
-    loss: LossOption = "loss_validation",
-    top_k: TopKOption = 1,
-    routing_frequency: FrequencyOption = 0.5,
-    json: JsonOption = False,
-) -> None:
-    """Forecast a run's final gain over its dense twin, learnt from past runs; exit code 1 if it has fallen behind."""
-    module, found = import_module("moe.analysis.forecast_run"), import_module("moe.analysis.curves")
-    runs = found.gains(found.read_curves(past, loss=loss, top_k=top_k, routing_frequency=routing_frequency), anchor)
-    result = module.forecast_run(sparse, dense, runs, confidence=confidence, false_alarm_rate=false_alarm_rate)
-    print_result(result, module.describe, json)
-    if result["alarm"] is not None:
-        raise typer.Exit(1)
 
 
 @ladder.command("run")

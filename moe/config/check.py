@@ -37,6 +37,7 @@ def check(run: Run) -> None:
         *_muon(run),
         *_saving(run),
         *_replay(run),
+        *_forecast(run),
     ]
     if problems:
         raise ConfigError(joined(problems))
@@ -304,6 +305,23 @@ def _replay(run: Run) -> Iterator[str]:
     used = "record_routing" if logging.record_routing else "replay_routing" if logging.replay_routing else ""
     if used and run.model.moe is None:
         yield f"logging.{used} needs expert layers, and model.moe is null: drop logging.{used}, or give model.moe"
+
+
+def _forecast(run: Run) -> Iterator[str]:
+    given, evaluation = run.forecast, run.evaluation
+    used = [f"forecast.{name}" for name in ("dense", "past", "promise") if getattr(given, name)]
+    if used and run.model.moe is None:
+        yield f"{used[0]} is about a sparse run's gain over dense, and model.moe is null: drop it, or give model.moe"
+    if given.dense and not evaluation.every_steps:
+        yield (
+            f"forecast.dense ({given.dense!r}) is compared at evaluations, and evaluation.every_steps is 0: "
+            f"use evaluation.every_steps={max(1, run.train.steps // 25)}"
+        )
+    if given.promise and not evaluation.fresh_rows:
+        yield (
+            f"forecast.promise ({given.promise:g}) is tested on fresh rows, and evaluation.fresh_rows is 0: use "
+            "evaluation.fresh_rows=32, in the dense twin too"
+        )
 
 
 def _divisors(number: int) -> list[int]:

@@ -54,6 +54,7 @@ from moe.config.training import (
     Cosine,
     Cost,
     Evaluation,
+    Forecast,
     Logging,
     Muon,
     Parallel,
@@ -75,6 +76,7 @@ __all__ = [
     "Data",
     "Evaluation",
     "FilesSource",
+    "Forecast",
     "Fraction",
     "GroupedQueryAttention",
     "HubSource",
@@ -134,6 +136,8 @@ class Run:
     """The layout over processes."""
     evaluation: Evaluation = Evaluation()
     """Validation."""
+    forecast: Forecast = Forecast()
+    """Watching the gain."""
     checkpoint: Checkpoint = Checkpoint()
     """Saving."""
     logging: Logging = Logging()

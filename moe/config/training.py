@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import Discriminator
 
 from moe.config.base import (
@@ -167,6 +167,28 @@ class Evaluation:
     """Rows of the evaluation after the last step."""
     probe_rows: NonNegativeInt = 8
     """Validation rows on which each evaluation follows the routing (health.jsonl); 0 for no such measurements."""
+    fresh_rows: Annotated[int, Ge(0), Le(4096)] = 0
+    """Validation rows, others at each evaluation, whose single losses are kept (fresh.jsonl), to test `forecast.promise` on."""
+
+
+@config
+class Forecast:
+    """The gain of a sparse run over its dense twin, forecast and watched while it trains (docs/forecast.md)."""
+
+    dense: str = ""
+    """Folder of the dense twin, finished or training beside; empty for none. `moe compare` sets it beside past or promise."""
+    past: str = ""
+    """File of past runs to learn from, as `moe forecast collect` writes it; empty for none."""
+    promise: NonNegativeFloat = 0.0
+    """Nats per token that the run must be ahead at every evaluation from the anchor on, tested on fresh rows; 0 for none."""
+    bound: PositiveFloat = 1.0
+    """Nats per token: how far above the promise the gain of a single fresh row may lie."""
+    anchor: Annotated[float, Gt(0), Lt(1)] = 0.08
+    """Share of training after which the forecast begins."""
+    confidence: Annotated[float, Gt(0), Lt(1)] = 0.9
+    """Of the forecast's interval."""
+    false_alarm_rate: Annotated[float, Gt(0), Le(0.5)] = 0.05
+    """Of the alarm, per whole run; half for each where both past runs and a promise are watched."""
 
 
 @config

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from moe.config.schema import Model, Run, expert_widths, ffn_hidden
+from moe.config.schema import Forecast, Model, Run, expert_widths, ffn_hidden
 from moe.config.words import typed
 from moe.cost.counting import flops_by_layer, moe_layers, parameters, train_flops_per_token
 from moe.errors import ConfigError
@@ -30,7 +30,7 @@ def dense_twin(run: Run) -> Run:
     if abs(difference) > TOLERANCE:
         raise ConfigError(_too_different(run, model, difference))
     logging = replace(run.logging, record_routing=False, replay_routing="")
-    return replace(run, name=f"{run.name}-dense", model=model, logging=logging)
+    return replace(run, name=f"{run.name}-dense", model=model, logging=logging, forecast=Forecast())
 
 
 def dense_total_twin(run: Run) -> Run:
@@ -52,7 +52,7 @@ def dense_total_twin(run: Run) -> Run:
             f"{exact:.0f}, rounded to multiples of {MULTIPLE}, differs by {difference:+.2%}: use more or wider experts"
         )
     logging = replace(run.logging, record_routing=False, replay_routing="")
-    return replace(run, name=f"{run.name}-dense-total", model=model, logging=logging)
+    return replace(run, name=f"{run.name}-dense-total", model=model, logging=logging, forecast=Forecast())
 
 
 def relative_difference(run: Run, twin: Run) -> float:

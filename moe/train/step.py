@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.config.rates import learning_rate
 from moe.config.schema import Run
 from moe.cost import moe_layers
 from moe.cost.shares import needs_first_pass
 from moe.data import Batch, Corpus
 from moe.model import IGNORE, LayerRouting, Output, Transformer
-from moe.optim import build_optimizer, clip, gradient_norm, learning_rate
+from moe.optim import build_optimizer, clip, gradient_norm
 from moe.parallel import Ranks
 from moe.parallel.pipeline import Pipeline, gather_stages
 from moe.routing import Selection, Tokens
