@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from curve_files import rows, write
 from fake_counters import powercap
 from lab import (
     Lab,
@@ -112,6 +113,10 @@ def routed(lab: Lab, run: Run) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------- the table
 
+EVALUATED = ("train.steps=10", "evaluation.every_steps=1", "evaluation.fresh_rows=1")
+FORECAST = (*EVALUATED, lambda lab: f"forecast.dense={twin(lab)}")
+LEARNT = (*FORECAST, lambda lab: f"forecast.past={past_file(lab)}")
+
 Value = Any | Callable[[Lab], Any]
 """A value, or a function of the lab that makes the files it names."""
 
@@ -147,6 +152,22 @@ def rates_charged(lab: Lab, run: Run) -> Any:
 def recording(lab: Lab) -> str:
     """The recorded routing of a run with other weights at the start."""
     return str(lab.train(lab.run("model.init_std=0.5", "logging.record_routing=true")).folder / "replay")
+
+
+def watched(lab: Lab, run: Run) -> Any:
+    """What a run says of its gain while it trains."""
+    folder = lab.train(run).folder
+    return lab.train(run).rows("forecast") if (folder / "forecast.jsonl").exists() else []
+
+
+def past_file(lab: Lab) -> str:
+    """Past runs of the tiny runs' top-k and share of sparse layers."""
+    return str(write(lab.folder / "past.csv", rows(noise=0.001, shape=0.02, kind=(2, 1.0))))
+
+
+def twin(lab: Lab) -> str:
+    """The dense twin of the tiny run, trained over the steps of FORECAST."""
+    return str(lab.train(lab.run("model.moe=null", *EVALUATED)).folder)
 
 
 def lines(words: str, field: str = "text") -> str:
@@ -515,6 +536,14 @@ EFFECTS: dict[str, Effect] = {
     "evaluation.rows": Effect(evaluations, 2, 3),
     "evaluation.final_rows": Effect(evaluations, 4, 5),
     "evaluation.probe_rows": Effect(files, 0, 2),
+    "evaluation.fresh_rows": Effect(files, 0, 2),
+    "forecast.dense": Effect(watched, "", twin, EVALUATED),
+    "forecast.past": Effect(watched, "", past_file, FORECAST),
+    "forecast.promise": Effect(watched, 0.0, 0.5, FORECAST),
+    "forecast.bound": Effect(watched, 1.0, 2.0, (*FORECAST, "forecast.promise=0.5")),
+    "forecast.anchor": Effect(watched, 0.1, 0.5, FORECAST),
+    "forecast.confidence": Effect(watched, 0.5, 0.9, LEARNT),
+    "forecast.false_alarm_rate": Effect(watched, 0.05, 0.2, LEARNT),
     "checkpoint.every_steps": Effect(checkpoints, 0, 1),
     "checkpoint.keep_last": Effect(checkpoints, 1, 2, ("checkpoint.every_steps=1",)),
     # with a rate at which every step is worse than the one before, the best is the first

@@ -21,7 +21,7 @@ from moe.config.load import load
 from moe.config.schema import Run
 from moe.errors import ConfigError, UserError
 from moe.experiments.arms import arms_of, tuned, twin_record
-from moe.experiments.planned import TIMING, TRAIN, Planned, find_rate, state_of, time_steps, train
+from moe.experiments.planned import TIMING, TRAIN, Planned, find_rate, state_of, time_steps, train, watched
 from moe.experiments.processes import cpu_count
 from moe.experiments.promise import require_promise
 from moe.files import write_json
@@ -135,13 +135,16 @@ def compare(
         arm: [_plan(out, base, run, arm, seed, reused.get(arm, "") if seed == numbers[0] else "") for seed in numbers]
         for arm, run in arms.items()
     }
+    plans_by_arm = watched(plans_by_arm)
     rest = {"seeds": numbers, "jobs": jobs, "learning_rate": rate}
     record = _record(recipe, overrides, plans_by_arm, arms, rest)
     for planned in [planned for plans in plans_by_arm.values() for planned in plans]:
         state_of(planned)  # what is refused is refused before the comparison's own record changes
     write_json(out / "compare.json", record)
     by_seed = zip(*plans_by_arm.values(), strict=True)
-    train([planned for plans in by_seed for planned in plans], jobs=jobs, command=train_command, say=say)
+    # a run that is watched comes after the dense twin that it is held against
+    ordered = [planned for plans in by_seed for planned in sorted(plans, key=lambda one: bool(one.run.forecast.dense))]
+    train(ordered, jobs=jobs, command=train_command, say=say)
     for arm, name in (("sparse", "timing"), ("total", "timing_total")) if timing_rounds else ():
         if arm in arms:
             pair = plans_by_arm[arm][0], plans_by_arm["dense"][0]

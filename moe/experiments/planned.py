@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,16 +52,30 @@ def _plain(run: Run) -> Json:
 # ------------------------------------------------------------------------------------------------- what is there yet
 
 
+def watched(plans_by_arm: dict[str, list[Planned]]) -> dict[str, list[Planned]]:
+    """The plans, with the dense twin's folder in every sparse run that asks for a forecast (`forecast.past` or `promise`)."""
+    dense = {planned.run.seed: str(planned.directory) for planned in plans_by_arm["dense"]}
+
+    def beside(planned: Planned) -> Planned:
+        asked = planned.run.forecast
+        if planned.run.model.moe is None or not (asked.past or asked.promise):
+            return planned
+        return replace(planned, run=replace(planned.run, forecast=replace(asked, dense=dense[planned.run.seed])))
+
+    return {arm: [beside(planned) for planned in plans] for arm, plans in plans_by_arm.items()}
+
+
 def _different(planned: Planned) -> list[str]:
     """Settings in which the run that is already in the directory differs from the planned one.
 
-    Not the name, nor what time and energy are charged at; and what is `auto` in the plan may have been resolved.
+    Not the name, nor what time and energy are charged at, nor who watches the gain; and what is `auto` in the plan may have been
+    resolved.
     """
     found = read_json(planned.directory / "run.json", {"run": (dict,)})["run"]
     return [
         f"{field} is {json.dumps(there)} there and {json.dumps(asked)} here"
         for field, there, asked in differences(found, _plain(planned.run))
-        if field != "name" and not field.startswith("cost.") and asked != "auto"
+        if field != "name" and not field.startswith(("cost.", "forecast.")) and asked != "auto"
     ]
 
 

@@ -34,14 +34,16 @@ class EvaluationResult:
         return float(self.nats_row.sum() / math.log(2) / max(self.bytes_row.sum(), 1))
 
 
-def rounds(corpus: Corpus, ranks: Ranks, *, rows: int, micro_rows: int) -> Iterator[tuple[range, Batch, Tokens]]:
-    """This rank's share of the first `rows` validation rows, as (rows, batch on its device, tokens), micro_rows at a time.
+def rounds(
+    corpus: Corpus, ranks: Ranks, *, rows: int, micro_rows: int, begin: int = 0
+) -> Iterator[tuple[range, Batch, Tokens]]:
+    """This rank's share of `rows` validation rows from `begin` on, as (rows, batch on its device, tokens), micro_rows at a time.
 
     Every rank gets as many, because a model that is spread over ranks computes together: one that has run out of rows gets
     an empty range, and a row without valid tokens or targets.
     """
     shares = ranks.layout.data_ranks
-    first, end = rows * ranks.data_rank // shares, rows * (ranks.data_rank + 1) // shares
+    first, end = (begin + rows * rank // shares for rank in (ranks.data_rank, ranks.data_rank + 1))
     most = -(-rows // shares)
     for turn in range(-(-most // micro_rows)):
         start = first + turn * micro_rows
@@ -66,18 +68,20 @@ def _tokens(batch: Batch, ranks: Ranks) -> Tokens:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, corpus: Corpus, ranks: Ranks, *, rows: int, micro_rows: int) -> EvaluationResult:
-    """Loss on the first `rows` validation rows (all, if there are fewer), shared out over the ranks."""
-    rows = min(rows, corpus.num_validation_rows)
+def evaluate(
+    model: Transformer, corpus: Corpus, ranks: Ranks, *, rows: int, micro_rows: int, begin: int = 0
+) -> EvaluationResult:
+    """Loss on `rows` validation rows from `begin` on (as many as there are), shared out over the ranks."""
+    rows = min(rows, corpus.num_validation_rows - begin)
     was_training = model.training
     model.eval()
     sums_3R = torch.zeros(3, rows, dtype=torch.float64, device=ranks.device)
-    for span, batch, tokens in rounds(corpus, ranks, rows=rows, micro_rows=micro_rows):
+    for span, batch, tokens in rounds(corpus, ranks, rows=rows, micro_rows=micro_rows, begin=begin):
         call = partial(model, batch.ids_BS, tokens=tokens)
         logits_BSV = through_stages(ranks, model, batch.ids_BS, call).logits_BSV
         if logits_BSV is None:  # the last stage counts
             continue
-        here, n = slice(span.start, span.stop), len(span)
+        here, n = slice(span.start - begin, span.stop - begin), len(span)
         sums_3R[0, here] = token_losses(logits_BSV, batch.targets_BS).double().sum(1)[:n]
         sums_3R[1, here] = batch.bytes_B[:n]
         sums_3R[2, here] = (batch.targets_BS != IGNORE).sum(1).double()[:n]

@@ -39,6 +39,7 @@ from moe.train.replay import Recorder, Replayer
 from moe.train.runlog import RunLog
 from moe.train.stages import by_layer
 from moe.train.step import State, StepResult, build_state, train_step
+from moe.train.watch import GainWatch, require_forecast
 
 
 def train(run: Run, out: Path | None = None, notices: Sequence[str] = ()) -> Path:
@@ -161,6 +162,7 @@ def _check(run: Run, ranks: Ranks) -> None:
     _backend(run)
     rates_of(run.cost, device_name(ranks.device))
     require_memory(run, ranks)
+    require_forecast(run)
     if run.logging.tensorboard:
         require_tensorboard()
 
@@ -310,6 +312,8 @@ class Loop:
         if self.config.logging.record_routing:
             state.recorder = Recorder(out / "replay", self.config, first_rank=self.ranks.first)
         self.log = RunLog(self.config, out, self.ranks, console, begin=begin, overrides=overrides)
+        rows = state.corpus.num_validation_rows
+        self.watch = GainWatch(self.config, out, self.log, begin=begin, validation_rows=rows)
         self.saver = checkpoint.Saver(
             out, state.model, state.optimizer, self.ranks, self.config.checkpoint, console.say
         )
@@ -399,6 +403,7 @@ class Loop:
             return False
         result = self._evaluate(step, evaluation.rows)
         self.log.evaluation(step, result, final=False)
+        self.watch.look(step, self._evaluate)
         if self.state.model.moe_layers() and evaluation.probe_rows and self.state.pipeline is None:
             with self.ledger.work("health", step):
                 rows = measure(self.state, step, self.out)
@@ -410,12 +415,13 @@ class Loop:
             self.best = {"step": step, "loss": result.loss}
         return improved and self.config.checkpoint.keep_best
 
-    def _evaluate(self, step: int, rows: int) -> EvaluationResult:
+    def _evaluate(self, step: int, rows: int, begin: int = 0) -> EvaluationResult:
         micro_rows = self.config.train.micro_rows
         self.ranks.progress.at("evaluation")
         share = rows / self.ranks.world_size
         with self.ledger.work("evaluate", step, units=share, formula=self.ledger.row_flops):
-            return evaluate(self.state.model, self.state.corpus, self.ranks, rows=rows, micro_rows=micro_rows)
+            model, corpus = self.state.model, self.state.corpus
+            return evaluate(model, corpus, self.ranks, rows=rows, micro_rows=micro_rows, begin=begin)
 
     def _save_due(self, step: int) -> bool:
         every = self.config.checkpoint.every_steps

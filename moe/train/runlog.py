@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe.analysis.finding import Finding
 from moe.config.schema import Run
 from moe.cost import mfu, parameters, peak_flops, train_flops_per_token
 from moe.files import write_json, write_whole
@@ -105,11 +106,15 @@ class RunLog:
         if not self.ranks.first or self.alarms is None:
             return
         for finding in self.alarms.look(step):
-            self._write("alarms", f"alarms/{finding.cause}", step, {"step": step, **finding.as_json()})
-            self.console.say(
-                f"ALARM at step {step}: {finding.cause}: {finding.what}, since step {finding.since} ({finding.sure}); "
-                f"try {finding.change}"
-            )
+            self.alarm(step, finding)
+
+    def alarm(self, step: int, finding: Finding) -> None:
+        """Log and say something that was found for the first time. For rank 0."""
+        self._write("alarms", f"alarms/{finding.cause}", step, {"step": step, **finding.as_json()})
+        self.console.say(
+            f"ALARM at step {step}: {finding.cause}: {finding.what}, since step {finding.since} ({finding.sure}); "
+            f"try {finding.change}"
+        )
 
     def evaluation(self, step: int, result: EvaluationResult, *, final: bool) -> None:
         """Log an evaluation; the final one's losses per row are kept too."""
