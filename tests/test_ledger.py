@@ -467,6 +467,36 @@ def test_cost_at_equal_loss_worked_by_hand(tmp_path):
     assert tokens_to(tokens, np.array([4.0, 3.0, 3.5, 2.0]), 3.25) == (pytest.approx(2 ** (2 + 1 / 6)), False)
 
 
+def test_a_comparison_is_priced_at_equal_loss_over_its_pairs(tmp_path, capsys):
+    for seed, behind in ((0, 0.1), (1, 0.2)):
+        for arm, seconds, level in (("sparse", 20.0, 8.0), ("dense", 10.0, 8.0 + behind)):
+            folder = tmp_path / f"{arm}-seed{seed}"
+            write_ledger(folder, start_line(), *(step_line(1, s, seconds=seconds) for s in range(1, 11)))
+            write_curve(folder, range(1, 11), lambda s: 64 * s, falling(level, 0.2))
+    names = {arm: [f"{arm}-seed{seed}" for seed in (0, 1)] for arm in ("sparse", "dense")}
+    (tmp_path / "compare.json").write_text(json.dumps({"schema_version": 1, "arms": names}))
+    assert cli.main(["ledger", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["comparison"]
+    # e^(0.1/0.2) and e^(0.2/0.2) times the tokens, each at half the time
+    assert found["ratios"]["seconds"]["mean"] == pytest.approx(math.exp(0.75) / 2)
+    assert found["ratios"]["flops"]["values"] == pytest.approx([math.exp(0.5), math.exp(1)])
+    assert found["next"]["dense"]["seconds"] == pytest.approx(100 * math.expm1(0.05), rel=1e-6)
+    assert cli.main(["ledger", str(tmp_path)]) == 0
+    assert "at equal loss dense costs 1.06 [" in capsys.readouterr().out
+    (tmp_path / "dense-seed1" / "evals.jsonl").write_text("")
+    assert cli.main(["ledger", str(tmp_path)]) == 0
+    assert "dense-seed1 has no evaluation during training" in capsys.readouterr().out
+
+
+def test_work_done_again_is_in_the_price_and_said(tmp_path):
+    for folder, attempts in (("sparse", (range(1, 7), range(5, 11))), ("dense", (range(1, 11),))):
+        rows = [[start_line(n), *(step_line(n, s) for s in steps)] for n, steps in enumerate(attempts, 1)]
+        write_ledger(tmp_path / folder, *(row for attempt in rows for row in attempt))
+        write_curve(tmp_path / folder, range(1, 11), lambda s: 64 * s, falling(8.0, 0.2))
+    found = equal_loss(tmp_path / "sparse", tmp_path / "dense")
+    assert found["repeated_share"] == pytest.approx(2 / 12) and found["ratios"]["seconds"] == pytest.approx(10 / 12)
+
+
 def test_the_command_prints_a_project_and_refuses_what_it_cannot_compare(tmp_path, capsys):
     for folder in ("a", "b"):
         write_ledger(tmp_path / folder, start_line(), *(step_line(1, s) for s in range(1, 9)))

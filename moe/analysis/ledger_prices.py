@@ -13,7 +13,8 @@ import numpy as np
 from scipy import stats
 
 from moe.analysis.ledger import AMOUNTS, UNITS, account, amount
-from moe.analysis.rows import EVALS, METRICS, Json, read_lines
+from moe.analysis.paired import t_interval
+from moe.analysis.rows import EVALS, METRICS, Json, read_json, read_lines
 from moe.config.schema import Cost
 from moe.errors import UserError
 
@@ -125,17 +126,65 @@ def equal_loss(folder: Path, dense: Path, cost: Cost | None = None) -> Json:
     better, so the ratios lean towards the sparse run.
     """
     spent, other = account(folder, cost), account(dense, cost)
-    _, loss = curve(folder)
-    if not loss.size:
-        raise UserError(f"{folder} has no evaluation during training: set evaluation.every_steps.")
-    needed, beyond = tokens_to(*curve(dense), float(loss[-1]))
+    (_, loss), other_curve = curve(folder), curve(dense)
+    for run, losses in ((folder, loss), (dense, other_curve[1])):
+        if not losses.size:
+            raise UserError(f"{run} has no evaluation during training: set evaluation.every_steps.")
+    needed, beyond = tokens_to(*other_curve, float(loss[-1]))
     ratios: Json = {}
     for name in AMOUNTS:
         if spent[name] is None or other[name] is None or needed is None or not spent[name]["value"]:
             ratios[name] = None
         else:
             ratios[name] = other[name]["value"] * needed / other["tokens"] / spent[name]["value"]
-    return {"loss": float(loss[-1]), "dense_tokens": needed, "extrapolated": beyond, "ratios": ratios}
+    again = spent["repeated_seconds"] / spent["seconds"]["value"] if spent["seconds"]["value"] else 0.0
+    return {
+        "loss": float(loss[-1]),
+        "dense_tokens": needed,
+        "extrapolated": beyond,
+        "repeated_share": again,
+        "ratios": ratios,
+    }
+
+
+def of_comparison(folder: Path, nats: float = 0.01, cost: Cost | None = None) -> Json:
+    """Both prices of a whole comparison: cost at equal loss paired by seed, and the next `nats` of each arm.
+
+    `ratios`: of each amount the geometric mean over seeds with its 95 % interval (null where a seed lacks it); `next`: of each
+    arm the median over seeds, null where a run's loss does not fall. `why`: what keeps a price from being known.
+    """
+    arms = read_json(folder / "compare.json", {"arms": (dict,)})["arms"]
+    runs = {arm: [folder / name for name in arms[arm]] for arm in ("sparse", "dense")}
+    result: Json = {"seeds": len(runs["sparse"]), "ratios": None, "next": {}, "nats": nats, "why": []}
+    try:
+        found = [equal_loss(*pair, cost) for pair in zip(runs["sparse"], runs["dense"], strict=True)]
+        result["ratios"] = {name: _geometric([one["ratios"][name] for one in found]) for name in AMOUNTS}
+        result["extrapolated"] = sum(one["extrapolated"] for one in found)
+    except UserError as error:
+        result["why"].append(str(error))
+    for arm, folders in runs.items() if nats else ():
+        try:
+            ends = [next_nats(run, nats, cost) for run in folders]
+        except UserError as error:
+            result["why"].append(str(error))
+            continue
+        result["next"][arm] = {name: _median([end.get(name, [None] * 3)[1] for end in ends]) for name in AMOUNTS}
+    return result
+
+
+def _geometric(ratios: list[float | None]) -> Json | None:
+    known = [math.log(ratio) for ratio in ratios if ratio]
+    if len(known) < len(ratios):
+        return None
+    found = t_interval(known)
+    ends = (found.mean, found.low, found.high)
+    mean, low, high = (None if end is None else math.exp(end) for end in ends)
+    return {"values": ratios, "mean": mean, "low": low, "high": high}
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known and len(known) == len(values) else None
 
 
 def describe_next(result: Json) -> str:
@@ -162,4 +211,26 @@ def describe_equal(result: Json) -> str:
         return f"the dense run's loss no longer falls, so it never gets to {result['loss']:.4f} nats"
     ratios = ", ".join(f"{value:.3g} × the {name}" for name, value in result["ratios"].items() if value is not None)
     how = "beyond its end, by the slope of its tail" if result["extrapolated"] else "on its curve"
-    return f"to {result['loss']:.4f} nats the dense run needs {result['dense_tokens']:,.0f} tokens ({how}): {ratios}"
+    again = result["repeated_share"]
+    lost = f"; {again:.0%} of the sparse run's time was work done again, which is in it" if again else ""
+    return (
+        f"to {result['loss']:.4f} nats the dense run needs {result['dense_tokens']:,.0f} tokens ({how}): {ratios}{lost}"
+    )
+
+
+def describe_comparison(result: Json) -> str:
+    """`of_comparison` in words."""
+    lines = []
+    if result["ratios"]:
+        parts = []
+        for name, ratio in result["ratios"].items():
+            if ratio is not None:
+                ends = "" if ratio["low"] is None else f" [{ratio['low']:.3g}, {ratio['high']:.3g}]"
+                parts.append(f"{ratio['mean']:.3g}{ends} × the {name}")
+        beyond = f"; {result['extrapolated']} beyond the dense curve" if result["extrapolated"] else ""
+        lines.append(f"at equal loss dense costs {', '.join(parts)} ({result['seeds']} seeds, paired{beyond})")
+    for arm, prices in result["next"].items():
+        known = [amount({"value": value}, UNITS[name]) for name, value in prices.items() if value is not None]
+        text = ", ".join(known) if known else "are out of reach: the loss no longer falls"
+        lines.append(f"the next {result['nats']:g} nats of the {arm} arm cost {text} (median over seeds)")
+    return "\n".join([*lines, *(f"not known: {why}" for why in result["why"])])

@@ -188,6 +188,9 @@ def ledger(
         if against is not None:
             result["against"] = prices.equal_loss(run, against, cost)
             words.append(prices.describe_equal(result["against"]))
+    elif against is None and len(folders) == 1 and (folders[0] / "compare.json").is_file():
+        result["comparison"] = prices.of_comparison(folders[0], next_nats, cost)
+        words.append(prices.describe_comparison(result["comparison"]))
     elif against is not None:
         raise ConfigError(
             f"--against compares one run with a dense one, found {len(result['runs'])} runs: name one folder"
