@@ -81,6 +81,22 @@ def test_a_run_whose_summary_is_of_an_earlier_attempt_is_going_on(tmp_path):
     }
 
 
+@pytest.mark.parametrize("left", ["", "start", "start and half a line"])
+def test_a_run_that_was_killed_in_its_set_up(tmp_path, left):
+    folder = write(tmp_path / "run")
+    fake_runs.write_ledger(folder)
+    for name in ("metrics.jsonl", "routing.jsonl", "evals.jsonl", "summary.json"):
+        (folder / name).unlink()
+    start, work, *_ = (folder / "ledger.jsonl").read_text().splitlines()
+    lines = {"": "", "start": f"{start}\n", "start and half a line": f"{start}\n{work[:30]}"}
+    (folder / "ledger.jsonl").write_text(lines[left])
+    build_report(folder)
+    report = report_of(folder)
+    assert "after 0 steps and 0 tokens and has not been evaluated" in report["verdict"]["sentence"]
+    assert (report["ledger"] is None) == (left == "")
+    assert report["prices"] == report["charts"]["heat"] == []
+
+
 def test_losses_that_are_not_finite_are_gaps(tmp_path):
     folder = write(tmp_path / "run")
     rows = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]

@@ -101,6 +101,6 @@ def read_history(directory: Path) -> History:
     if not history.routing:
         raise UserError(
             f"{directory} has no routing.jsonl line yet: let the run reach step logging.routing_every "
-            f"({config['logging'].get('routing_every', 10)})"
+            f"({config.get('logging', {}).get('routing_every', 10)})"
         )
     return history

@@ -53,6 +53,10 @@ def read_ledger(folder: Path) -> list[Attempt]:
                 if not isinstance(row.get("seconds"), NUMBER) or not isinstance(row.get("joules"), dict):
                     raise UserError(f"{file}: a line of attempt {number} lacks seconds or joules: restore the file.")
             attempts.append(Attempt(starts[0], work))
+    if not attempts:
+        raise UserError(
+            f"{folder / 'ledger.jsonl'} has no whole line: the run was killed as it began, resume or delete it."
+        )
     return attempts
 
 
@@ -82,7 +86,7 @@ def account(folder: Path, cost: Cost | None = None) -> Json:
         "joules": None if joules is None else joules.as_json(),
         "joules_by_part": _by(attempts, lambda row: {part: value or 0.0 for part, value in row["joules"].items()}),
         **{name: _sum([getattr(one, name) for one in charges]) for name in ("kwh", "gco2e", "dollars")},
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for attempt in attempts for row in attempt.work),
+        "peak_memory_bytes": max((row["peak_memory_bytes"] for a in attempts for row in a.work), default=0),
         "checkpoint_bytes_written": sum(row.get("bytes_written", 0) for attempt in first for row in attempt.work),
         "checkpoint_bytes_kept": kept[-1] if kept else None,
     }
@@ -154,7 +158,7 @@ def _repeated(attempts: Sequence[Attempt]) -> float:
 def _flops(attempts: Sequence[Attempt]) -> Graded:
     """What was done: counted in the first work of each kind of an attempt, or by formula and then estimated."""
     rows = [row for attempt in attempts for row in attempt.work if "flops" in row]
-    grade = worst(row["flops_grade"] for row in rows)
+    grade = worst(row["flops_grade"] for row in rows) if rows else "measured"  # killed in its set-up: nothing was done
     return Graded(sum(row["flops"] for row in rows), grade, "counted by torch" if grade == "measured" else "by formula")
 
 

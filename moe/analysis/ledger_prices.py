@@ -89,6 +89,8 @@ def next_nats(folder: Path, nats: float = 0.01, cost: Cost | None = None) -> Jso
     """
     spent, end = account(folder, cost), tail(*curve(folder))
     shares = [share_for(nats, slope) for slope in (end.high, end.slope, end.low)]
+    if not spent["tokens"]:
+        raise UserError(f"{folder / 'ledger.jsonl'} has no step: a price of loss needs some.")
     per_token = {name: spent[name]["value"] / spent["tokens"] for name in AMOUNTS if spent[name] is not None}
     return {
         "nats": nats,
@@ -126,6 +128,8 @@ def equal_loss(folder: Path, dense: Path, cost: Cost | None = None) -> Json:
     better, so the ratios lean towards the sparse run.
     """
     spent, other = account(folder, cost), account(dense, cost)
+    if not other["tokens"]:
+        raise UserError(f"{dense / 'ledger.jsonl'} has no step: a price of loss needs some.")
     (_, loss), other_curve = curve(folder), curve(dense)
     for run, losses in ((folder, loss), (dense, other_curve[1])):
         if not losses.size:

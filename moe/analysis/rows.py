@@ -211,13 +211,14 @@ def read_run(directory: Path, unfinished: Json | None = None) -> RunRows:
     """Read a run directory. Raises UserError naming what is missing or malformed.
 
     `unfinished`: of a run without a summary.json that holds, what it would say of the model; what its log says is added, and
-    evaluations may be missing.
+    steps and evaluations may be missing.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory.")
     header = read_json(directory / "run.json", {"run": (dict,), "meta": (dict,)})
     routing, evals = directory / "routing.jsonl", directory / "evals.jsonl"
-    metrics = read_lines(directory / "metrics.jsonl", METRICS, _step)
+    steps = directory / "metrics.jsonl"
+    metrics = read_lines(steps, METRICS, _step) if unfinished is None or steps.exists() else []
     return RunRows(
         path=directory,
         config=header["run"],

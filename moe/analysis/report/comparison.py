@@ -10,7 +10,7 @@ from moe.analysis.paired import Interval, evaluation_noise, paired_gain
 from moe.analysis.promise import FILE as PROMISE
 from moe.analysis.promise import outcome, quote, read_promise, tampering
 from moe.analysis.report import words
-from moe.analysis.report.parts import charts, config_table, doctors, ledger_table
+from moe.analysis.report.parts import charts, config_table, doctors, ledger_table, prices
 from moe.analysis.report.pictures import curve_of, loss_pictures, routing_pictures
 from moe.analysis.report.reading import Arm
 from moe.analysis.rows import Json, RunRows, read_json, read_run
@@ -62,6 +62,7 @@ def comparison_report(directory: Path, out: Path) -> Json:
             ],
         },
         "ledger": ledger,
+        "prices": prices(drawn, [(drawn[0], other) for other in drawn[1:]]),
         "promise": promised,
         "contracts": judged,
         "cautions": cautions(arms, summaries, record.get("learning_rate")),

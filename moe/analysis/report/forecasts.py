@@ -67,10 +67,12 @@ def _alarm(run: RunRows, rows: Sequence[Json]) -> float | None:
     """Share of training at which the first alarm was raised, against past runs or against a promise."""
     found = []
     for row in rows:
-        if row.get("alarm") not in (None, False):
-            found.append(row["share"] if row["alarm"] is True else row["alarm"])
-        if row.get("promise_alarm") is not None:
-            found.append(row["promise_alarm"] / run.config["train"]["steps"])
+        at, step = _number(row.get("alarm")), _number(row.get("promise_alarm"))
+        if row.get("alarm") is True:
+            at = row["share"]
+        found += [
+            value for value in (at, None if step is None else step / run.config["train"]["steps"]) if value is not None
+        ]
     return brief([min(found)])[0] if found else None
 
 

@@ -14,7 +14,7 @@ MOST_CELLS = 200_000
 MOST_MOMENTS = 200
 BALANCE = {
     "load_entropy": "Load entropy (share of ln E)",
-    "max_vio": "MaxVio (largest load over ideal, minus one)",
+    "max_vio": "MaxVio",
     "drop_rate": "Share of rows dropped",
     "router_entropy": "Entropy of a token's scores (share of ln E)",
 }

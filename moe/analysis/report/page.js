@@ -25,7 +25,7 @@ function layout(xTitle, yTitle, more) {
   const [ink, line] = onDark() ? ["#e8e8e6", "#4c4c4a"] : ["#1b1b1b", "#d8d8d8"];
   const narrow = !printing && innerWidth < 640;
   const axis = { gridcolor: line, zerolinecolor: ink, linecolor: line, automargin: true, exponentformat: "SI", tickcolor: line };
-  const { height = narrow ? 340 : 400, xaxis, yaxis, ...rest } = more || {};
+  const { height = printing ? 300 : narrow ? 340 : 400, xaxis, yaxis, ...rest } = more || {};
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: narrow ? 11 : 13 },
     margin: { l: 60, r: 12, t: 30, b: 50 }, height, width: printing ? 660 : undefined, autosize: !printing,
@@ -78,7 +78,11 @@ function drawLoss() {
   });
   const range = training || !figures.frame ? undefined : figures.frame;
   const unit = training ? "Training loss (nats per token)" : "Validation loss (bits per byte)";
-  said("loss", axis.note + (range && figures.cut ? " The frame leaves out the first evaluations: double-click shows all." : ""));
+  const seeds = figures.arms.some((arm) => arm.mean);
+  const words = training ? "The loss of training steps, averaged where there are many; auxiliary losses are not in it. "
+    : "Lines: evaluations during training. Open marks: the final evaluation, on more rows. "
+      + (seeds ? "Thick: mean over seeds; bands: from the lowest to the highest seed; thin: single seeds. " : "");
+  said("loss", words + axis.note + (range && figures.cut ? " The frame leaves out the first evaluations: double-click shows all." : ""));
   return draw("loss", traces, layout(axis.label, unit,
     { xaxis: { rangemode: "tozero" }, yaxis: range ? { range } : {}, uirevision: axis.name + training }));
 }
@@ -100,7 +104,7 @@ function drawGain() {
   const range = frames.length ? [Math.min(...frames.map((f) => f[0])), Math.max(...frames.map((f) => f[1]))] : undefined;
   said("gain", traces.length ? "" : "No two arms that are compared know this budget, or their curves do not overlap in it.");
   return draw("gain", traces, layout(axis.label, "Gain (bits per byte)",
-    { height: 340, xaxis: { rangemode: "tozero" }, yaxis: { range, zeroline: true, zerolinewidth: 1.5 }, uirevision: axis.name }));
+    { height: printing ? 280 : 340, xaxis: { rangemode: "tozero" }, yaxis: { range, zeroline: true, zerolinewidth: 1.5 }, uirevision: axis.name }));
 }
 
 function drawForecast() {
@@ -169,7 +173,7 @@ function drawBalance() {
       { line: { color: own, dash: many ? "solid" : dash, width: many ? 1.2 : 2 }, showlegend: !many || i === 0 || i === one.layers.length - 1 });
   });
   if (measure.name === "max_vio" && one.floor) traces.push(line(one.steps, one.floor, "floor", "#8a8a8a", "dot"));
-  return draw("balance", traces, layout("Optimizer step", measure.title, { height: 340 }));
+  return draw("balance", traces, layout("Optimizer step", measure.title, { height: printing ? 280 : 340 }));
 }
 
 const drawAll = () => [drawLoss, drawGain, drawForecast, drawHeat, drawBalance].forEach((one) => one());

@@ -91,7 +91,8 @@ def _promise(report: Json) -> str:
     if not promised or not promised["sentences"]:
         return ""
     kind = "tampered" if promised["tampering"] else (promised["outcome"] or {}).get("verdict", "undecided")
-    return f'<div class="promise {escape(kind)}"><h2>The promise</h2>{"".join(map(paragraph, promised["sentences"]))}</div>'
+    sentences = "".join(paragraph(s, "tampering" if s.startswith("TAMPERING") else "") for s in promised["sentences"])
+    return f'<div class="promise {escape(kind)}"><h2>The promise</h2>{sentences}</div>'
 
 
 def _cautions(report: Json) -> str:
@@ -103,17 +104,13 @@ def _cautions(report: Json) -> str:
 def _losses(report: Json) -> str:
     drawn = report["charts"]
     axes = switch("axis", "Against", [(axis["name"], axis["unit"], axis["missing"]) for axis in drawn["axes"]])
-    seeds = any(arm["mean"] for arm in drawn["arms"])
-    caption = "Lines: evaluations during training. Open marks: the final evaluation, on more rows."
-    if seeds:
-        caption += " Thick: mean over seeds; bands: from the lowest to the highest seed; thin: single seeds."
     evaluated = any(run["bits"] for arm in drawn["arms"] for run in arm["runs"])
     views = [
         ("validation", "validation", None if evaluated else "no run has been evaluated yet"),
         ("training", "training", None),
     ]
     which = switch("loss", "Loss of", views)
-    parts = [chart("loss", caption, f'<div class="controls">{axes}{which}</div>', "Loss against the chosen budget")]
+    parts = [chart("loss", "", f'<div class="controls">{axes}{which}</div>', "Loss against the chosen budget")]
     if drawn["gains"]:
         caption = (
             "Above zero the first-named arm is better where both have used as much of the budget chosen above. Thick: mean over "
@@ -147,7 +144,8 @@ def _arms(report: Json) -> str:
 def _ledger(report: Json) -> str:
     if not report["ledger"]:
         return _section("What it used", paragraph("Not known: a run has no ledger that can be read."))
-    return _section("What it used", ledger_table(report), bullets(sources(report), "sources"))
+    priced = [f"<h3>{text('Prices of loss')}</h3>", bullets(report["prices"])] if report["prices"] else []
+    return _section("What it used", ledger_table(report), bullets(sources(report), "sources"), *priced)
 
 
 def _routing(report: Json) -> str:
@@ -173,7 +171,10 @@ def _routing(report: Json) -> str:
     parts.append(chart("heat", caption, f'<div class="controls">{picker}{views}{slider}</div>', "Load of each expert"))
     measures = [measure["name"] for measure in heat[0]["balance"]]
     choice = switch("balance", "Balance", [(name, BALANCE[name].split(" (")[0], None) for name in measures])
-    caption = "A line per layer. MaxVio means something only above its floor, which a balanced router reaches by chance (dotted)."
+    caption = (
+        "A line per layer. MaxVio, the largest load over the ideal one, minus one, means something only above its floor, which a "
+        "balanced router reaches by chance (dotted)."
+    )
     parts.append(chart("balance", caption, f'<div class="controls">{choice}</div>', "Balance over time"))
     return _section("Routing", *parts)
 

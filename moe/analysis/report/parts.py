@@ -1,11 +1,13 @@
 """Parts that reports of runs and of comparisons share: charts, what differs in the settings, the ledger, the doctor's findings."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from moe.analysis.doctor import diagnose
 from moe.analysis.history import read_history
 from moe.analysis.ledger import of_arms
+from moe.analysis.ledger_prices import describe_equal, describe_next, equal_loss, next_nats
 from moe.analysis.report.budgets import budgets_of
 from moe.analysis.report.curves import curves
 from moe.analysis.report.forecasts import forecast_chart
@@ -54,6 +56,21 @@ def ledger_table(folders: Mapping[str, Sequence[Path]]) -> Json | None:
         return of_arms(folders)
     except UserError:
         return None
+
+
+def prices(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]]) -> list[str]:
+    """What the next hundredth of a nat costs each arm, and what dense ones cost at the sparse loss; of the first seed."""
+    said = []
+    for arm in arms:
+        with suppress(UserError):  # no ledger, or too few evaluations for a slope
+            said.append(f"{arm.runs[0].path.name}: {describe_next(next_nats(arm.runs[0].path))}.")
+    for sparse, dense in pairs:
+        twin = next((run for run in dense.runs if run.config["seed"] == sparse.runs[0].config["seed"]), None)
+        if sparse.sparse and not dense.sparse and twin is not None:
+            with suppress(UserError):
+                words = describe_equal(equal_loss(sparse.runs[0].path, twin.path))
+                said.append(f"{sparse.runs[0].path.name} against {twin.path.name}: {words}.")
+    return said
 
 
 def doctors(runs: Sequence[RunRows]) -> Json:

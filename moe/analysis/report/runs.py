@@ -8,7 +8,7 @@ from pathlib import Path
 from moe.analysis import plots
 from moe.analysis.paired import Interval, t_interval
 from moe.analysis.report import words
-from moe.analysis.report.parts import charts, config_table, doctors, ledger_table
+from moe.analysis.report.parts import charts, config_table, doctors, ledger_table, prices
 from moe.analysis.report.pictures import loss_pictures, routing_pictures
 from moe.analysis.report.reading import Arm, grouped, read_so_far
 from moe.analysis.rows import Json, RunRows
@@ -37,6 +37,7 @@ def run_report(folder: Path, out: Path) -> Json:
         },
         "cautions": [],
         "ledger": ledger_table({name: [run.path]}),
+        "prices": prices([arm], []),
         "arms": [summary],
         "routing": health,
         "routing_notes": words.routing_notes(health),
@@ -80,6 +81,7 @@ def runs_report(folders: Sequence[Path], out: Path) -> Json:
         },
         "cautions": _cautions(runs),
         "ledger": ledger_table({arm.name: [run.path for run in arm.runs] for arm in arms}),
+        "prices": prices(arms, [(a, b) for a in arms for b in arms]),
         "arms": summaries,
         "routing_by_arm": health,
         "routing": [],
