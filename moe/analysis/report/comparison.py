@@ -6,11 +6,12 @@ from pathlib import Path
 from moe.analysis import plots
 from moe.analysis.contract_report import contract_lines, judge_comparison, other_lines, timed_seconds
 from moe.analysis.ledger import cost_of_knowing
+from moe.analysis.ledger_prices import describe_comparison, of_comparison
 from moe.analysis.paired import Interval, evaluation_noise, paired_gain
 from moe.analysis.promise import FILE as PROMISE
 from moe.analysis.promise import outcome, quote, read_promise, tampering
 from moe.analysis.report import words
-from moe.analysis.report.parts import charts, config_table, doctors, ledger_table, prices
+from moe.analysis.report.parts import charts, config_table, doctors, ledger_table
 from moe.analysis.report.pictures import curve_of, loss_pictures, routing_pictures
 from moe.analysis.report.reading import Arm
 from moe.analysis.rows import Json, RunRows, read_json, read_run
@@ -62,7 +63,7 @@ def comparison_report(directory: Path, out: Path) -> Json:
             ],
         },
         "ledger": ledger,
-        "prices": prices(drawn, [(drawn[0], other) for other in drawn[1:]]),
+        "prices": describe_comparison(of_comparison(directory)).splitlines() if ledger else [],
         "promise": promised,
         "contracts": judged,
         "cautions": cautions(arms, summaries, record.get("learning_rate")),
