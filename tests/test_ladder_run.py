@@ -13,7 +13,6 @@ import fake_runs
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from moe.experiments.ladder_plan import Options
 from rich.console import Console
 
 from moe.analysis.ladder import Ladder
@@ -26,6 +25,7 @@ from moe.config.schema import LatentAttention
 from moe.cost import parameters
 from moe.errors import TrainingStopped, UserError
 from moe.experiments.ladder import climb
+from moe.experiments.ladder_plan import Options
 from moe.experiments.rungs import active_size, dense_of, rungs, shrink, tokens_of, with_budget
 
 ROOT = Path(__file__).parents[1]
@@ -266,7 +266,7 @@ def test_intervals_cover_the_truth_of_synthetic_ladders():
 @pytest.mark.parametrize("noise", [0.001, 0.003, 0.01])
 @pytest.mark.parametrize("bent", [False, True])
 def test_intervals_cover_85_per_cent_of_many(bent, noise):
-    assert covered(bent, noise, ladders=150, seed=0) >= 0.85
+    assert covered(bent, noise, ladders=100, seed=0) >= 0.85
 
 
 def test_a_long_ladder_measures_its_own_optimism_and_the_law_answers_for_experts_that_have_no_rung():
@@ -283,6 +283,13 @@ def test_a_long_ladder_measures_its_own_optimism_and_the_law_answers_for_experts
     assert (between["form"], between["forms"]["linear"]) == ("law", None)
     # the dense model of this truth is the law's own, which is no exact power of size beside it
     assert between["forms"]["law"]["before"] == pytest.approx(float(law.loss(1e8, 1.0) - law.loss(1e8, 12.0)), rel=1e-3)
+
+
+def test_the_answer_names_what_widens_its_interval():
+    for noise, name in ((0.0, "what back-tests missed by"), (0.05, "the scatter of this ladder's runs")):
+        ladder, target, compute, _ = synthetic(np.random.default_rng(5), noise, bent=True)
+        found = answer(ladder, compute, target, Tax(1.0, 1.0, 1.0))["interval_from"]
+        assert max(found, key=found.get) == name and sum(found.values()) == pytest.approx(1)
 
 
 def test_no_go_where_the_sparse_models_lose_and_a_short_ladder_is_refused():

@@ -77,6 +77,7 @@ def answer(
         "naive": float(naive(ladder, router, np.array([target.experts]))[0]),
         "dense_law": {"beta": dense.alpha, "d": dense.d, "rmse": dense.rmse, "loss": float(dense.loss(target.compute))},
         **{name: found[name] for name in ("gain", "low", "high")},
+        "interval_from": shares(found["squares"]),
         "multiplier": multiplier(dense, target.compute, found),
         "net": net_gain(dense, target.compute, found, tax, break_even),
         "check": hold_out_largest(ladder),
@@ -99,7 +100,14 @@ def combine(forms: Mapping[str, Json | None], confidence: float) -> Json:
     first = known[0][1]
     half = math.hypot(first["high"] - first["gain"], float(stats.norm.ppf(0.5 + confidence / 2)) * apart)
     form = "both" if len(known) == 2 else known[0][0]
-    return {"form": form, "gain": gain, "low": gain - half, "high": gain + half}
+    squares = {**first["squares"], "the distance of the two forms": half**2 - (first["high"] - first["gain"]) ** 2}
+    return {"form": form, "gain": gain, "low": gain - half, "high": gain + half, "squares": squares}
+
+
+def shares(squares: Mapping[str, float]) -> dict[str, float]:
+    """Shares of an interval's squared half-width by what made it; all 0 for an interval without width."""
+    total = math.fsum(squares.values())
+    return {name: value / total if total else 0.0 for name, value in squares.items()}
 
 
 def optimism_of(ladder: Ladder, form: Form, gain: float, confidence: float) -> tuple[Optimism, str]:
@@ -123,12 +131,14 @@ def _form(ladder: Ladder, target: Target, form: Form, scatter: float, confidence
     reach = math.log(target.size / ladder.size_R.max())
     optimism, source = optimism_of(ladder, form, guess, confidence)
     gain = guess - min(1.0, optimism.share * reach) * abs(guess)
-    half = math.hypot(max(0.0, reach) * optimism.spread, scatter)
+    back = max(0.0, reach) * optimism.spread
+    half = math.hypot(back, scatter)
     return {
         "before": guess,
         "gain": gain,
         "low": gain - half,
         "high": gain + half,
+        "squares": {"what back-tests missed by": back**2, "the scatter of this ladder's runs": scatter**2},
         "optimism": {
             "source": source,
             "share": optimism.share,

@@ -15,6 +15,12 @@ from moe.files import write_text
 Json = dict[str, Any]
 FIGURE = "ladder.png"
 WORDS = {"published": "published ladders (docs/forecast.md)", "this ladder": "this ladder's own upper rungs"}
+ADVICE = {
+    "what back-tests missed by": ": rungs nearer to the target (--widths) would narrow it most",
+    "the scatter of this ladder's runs": ": more --seeds, or longer and larger rungs, would narrow it most",
+    "the distance of the two forms": ": more sizes, nearer to the target (--widths), would narrow it most",
+}
+"""What to do about the largest part of an interval."""
 HELD = {"line": "line", "less its optimism": "corrected", "as on the rung below": "naive"}
 """Columns of the table of the held-out rung, and their keys."""
 
@@ -71,6 +77,8 @@ def describe_answer(record: Json) -> str:
     net, worth, target = answer["net"], answer["multiplier"], plan["target"]
     tax, share = net["tax"], record["cost"]["share"]
     sources = {form["optimism"]["source"] for form in answer["forms"].values() if form is not None}
+    parts = ", ".join(f"{share:.0%} {name}" for name, share in answer["interval_from"].items())
+    largest = max(answer["interval_from"], key=lambda name: answer["interval_from"][name])
     decided = "" if net["decided"] else " (its interval contains the break-even: undecided counts as no)"
     return "\n".join(
         [
@@ -82,8 +90,7 @@ def describe_answer(record: Json) -> str:
             f"{tax['nats']:.4f} nats: at equal time {signed(net['gain'])} {ends(net)}.",
             f"{net['verdict'].upper()}: the low end is {'above' if net['verdict'] == 'go' else 'not above'} the break-even of "
             f"{net['break_even']:g}{decided}.",
-            f"Subtracted: the optimism of {WORDS[sources.pop()]}; the interval also holds the scatter of this ladder's runs "
-            "and the distance between the two forms.",
+            f"Subtracted: the optimism of {WORDS[sources.pop()]}. The interval's width is {parts}{ADVICE[largest]}.",
             f"The answer cost {share:.2%} of the target run's FLOPs ({record['cost']['from']}).",
         ]
     )

@@ -88,15 +88,16 @@ def climb(
     out.mkdir(parents=True, exist_ok=True)
     own = target.model.moe.num_experts  # type: ignore[union-attr]
     top = ladder[-1]
-    pair = [planned_run(out, top, arm, target.seed) for arm in (str(own if own in top.sparse else max(experts)), DENSE)]
-    for planned in pair:
+    arm = str(own if own in top.sparse else max(experts))
+    sparse, dense = (planned_run(out, top, name, target.seed) for name in (arm, DENSE))
+    for planned in (sparse, dense):
         state_of(planned)
         _write_config(planned)
     timed = None
     if options.timing_rounds:
-        time_steps(out, *pair, options.timing_rounds, timing_command, say, threads=target.train.threads)
+        time_steps(out, sparse, dense, options.timing_rounds, timing_command, say, threads=target.train.threads)
         timed = read_json(out / "timing.json", {"sparse": (list,), "dense": (list,)})
-        say(estimate_hours(plan, ladder, pair, timed))
+        say(estimate_hours(plan, (sparse, dense), timed))
     plans = _train(out, ladder, options, target.seed, jobs, train_command, say)
     record = _judge(recipe, overrides, target, out, ladder, plans, plan, options, timed)
     write_json(out / LADDER, record)

@@ -142,7 +142,7 @@ def plan_of(target: Run, ladder: list[Rung], options: Options) -> Json:
     }
 
 
-def estimate_hours(plan: Json, ladder: list[Rung], pair: Sequence[Planned], timed: Json) -> str:
+def estimate_hours(plan: Json, pair: Sequence[Planned], timed: Json) -> str:
     """The plan's hours from the speed of the largest rung, entered into the plan and said."""
     rate = {}
     for kind, planned in zip(("sparse", "dense"), pair, strict=True):
