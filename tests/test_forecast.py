@@ -102,6 +102,30 @@ def test_a_wider_confidence_gives_wider_intervals_and_a_rarer_alarm_a_lower_thre
     assert narrow.calibration.threshold > wide.calibration.threshold
 
 
+def test_gains_that_begin_behind_dense_are_forecast_as_they_are(tmp_path):
+    """Every gain is lowered by 0.9 of its final value: a line in the same columns, and below 0 at the anchor."""
+    lines = rows(noise=1e-4)
+    for row in lines:
+        if row["num_experts"] > 1:
+            row["loss_validation"] += 0.9 * final_gain(row["dense_parameter_count"], row["num_experts"])
+    past = gains(read_curves(write(tmp_path / "c.csv", lines)), 0.2)
+    assert (past.gain_RS[:, 0] < 0).all() and (past.gain_RS[:, -1] > 0).all()
+    forecaster = fit_forecaster(past.take(past.size_R < 6e8), 6e8)
+    assert (
+        forecaster.scale == "linear"
+        and fit_forecaster(gains(read_curves(write(tmp_path / "d.csv", rows())), 0.2), 1e8).scale == "log"
+    )
+    new = past.take(past.size_R == 6e8)
+    truth_R = np.array([0.1 * final_gain(6e8, experts) for experts in new.experts_R])
+    low_R, middle_R, high_R = forecaster.final(new.gain_RS[:, 0], new.size_R, new.experts_R).T
+    np.testing.assert_allclose(middle_R, truth_R, atol=0.005)
+    assert np.mean((low_R < truth_R) & (truth_R < high_R)) >= 0.8
+    healthy_RS = forecaster.deviations(new.gain_RS[:, 0], new.size_R, new.experts_R, new.gain_RS[:, 1:])
+    lost_RS = forecaster.deviations(new.gain_RS[:, 0], new.size_R, new.experts_R, new.gain_RS[:, 1:] - 0.05)
+    assert np.mean(healthy_RS.min(1) < forecaster.calibration.threshold) <= 0.2
+    assert lost_RS.min(1).max() < forecaster.calibration.threshold
+
+
 def test_a_rate_that_the_past_runs_cannot_show_never_alarms(noisy):
     forecaster = fit_forecaster(gains(read_curves(noisy), 0.08), 1e8, false_alarm_rate=0.001)
     assert forecaster.calibration.threshold == -math.inf

@@ -5,9 +5,12 @@ N active parameters and E experts:
 
     log(gain(s) / g) = b0(s) + b1(s) log N + b2(s) log g + b3(s) log E + error shared by a size + error of the run
 
-(`mixed.py`). How far such predictions miss is not taken from the fit but measured: every size is predicted from other
-sizes, as the new size will be, and the quantiles of what comes out, in predicted standard deviations, are the interval
-and the alarm's threshold (split conformal, Vovk et al. 2005). The alarm looks at the smallest standardised deviation of
+(`mixed.py`). Where past runs have been behind dense (small models early in training), a logarithm says nothing, and gains
+themselves take its place: gain(s) - g, with g in its own column.
+
+How far such predictions miss is not taken from the fit but measured: every size is predicted from other sizes, as the new
+size will be, and the quantiles of what comes out, in predicted standard deviations, are the interval and the alarm's
+threshold (split conformal, Vovk et al. 2005). The alarm looks at the smallest standardised deviation of
 the whole run, so that its error rate is per run, not per look.
 """
 
@@ -33,6 +36,9 @@ MIN_RUNS = 19
 """Calibration runs below which no rank of theirs is a 5 % quantile: 1 / 0.05 - 1."""
 BEYOND = 1.1
 """A size this many times the largest past one, or this much below the smallest, is not one of theirs."""
+Scale = Literal["log", "linear"]
+BEHIND = 0.05
+"""Share of past runs with a look at or below GAIN_FLOOR above which gains are taken as they are."""
 Folds = Literal["others", "smaller", "larger"]
 
 
@@ -61,24 +67,26 @@ class Forecaster:
     anchor: float
     fit: MixedFit
     calibration: Calibration
+    scale: Scale
+    """Whether logarithms of gains were fitted, or gains."""
 
     def paths(self, gain_R: np.ndarray, size_R: np.ndarray, experts_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation [R, S] of log gain over `progress_S`, from the gain at the anchor in nats."""
-        mean_RS, deviation_RS = self.fit.predict(_design(gain_R, size_R, experts_R), _noise(gain_R))
-        return mean_RS + _log(gain_R)[:, None], deviation_RS
+        """Mean and deviation [R, S] of log gain (linear: of gain) over `progress_S`, from the gain at the anchor in nats."""
+        return _predict(self.fit, gain_R, size_R, experts_R, self.scale)
 
     def final(self, gain_R: np.ndarray, size_R: np.ndarray, experts_R: np.ndarray) -> np.ndarray:
         """(low, middle, high) [R, 3] of the final gain in nats."""
         mean_RS, deviation_RS = self.paths(gain_R, size_R, experts_R)
         half_R = self.calibration.multiplier * deviation_RS[:, -1]
-        return np.exp(mean_RS[:, -1:] + half_R[:, None] * np.array([-1.0, 0.0, 1.0]))
+        ends_R3 = mean_RS[:, -1:] + half_R[:, None] * np.array([-1.0, 0.0, 1.0])
+        return np.exp(ends_R3) if self.scale == "log" else ends_R3
 
     def deviations(
         self, gain_R: np.ndarray, size_R: np.ndarray, experts_R: np.ndarray, later_RS: np.ndarray
     ) -> np.ndarray:
         """Standardised deviations [R, S] of gains at `progress_S` from their forecast; alarm below the threshold."""
         mean_RS, deviation_RS = self.paths(gain_R, size_R, experts_R)
-        return _standardised(later_RS, mean_RS, deviation_RS)
+        return _standardised(later_RS, mean_RS, deviation_RS, self.scale)
 
 
 def fit_forecaster(
@@ -90,17 +98,17 @@ def fit_forecaster(
     predicted from only smaller (or larger) ones as well, and the worse of the two counts: reaching out is never easier
     than filling in. Raises DataError for fewer than MIN_RUNS calibration runs.
     """
-    sizes = np.unique(past.size_R)
+    sizes, scale = np.unique(past.size_R), _scale(past)
     above, below = target_size > BEYOND * sizes[-1], target_size < sizes[0] / BEYOND
     edge: Folds | None = "smaller" if above else "larger" if below else None
     calibrations = []
     for folds in ("others", edge):
-        misses = _cross_predictions(past, folds) if folds is not None else []
+        misses = _cross_predictions(past, folds, scale) if folds is not None else []
         if sum(final_R.size for final_R, _ in misses) >= MIN_RUNS:
             assert folds is not None
             calibrations.append(_calibrate(misses, folds, confidence, false_alarm_rate))
     if not calibrations:
-        count = sum(final_R.size for final_R, _ in _cross_predictions(past, "others"))
+        count = sum(final_R.size for final_R, _ in _cross_predictions(past, "others", scale))
         raise DataError(
             f"a calibrated forecast needs {MIN_RUNS} finished sparse runs, each predicted from at least 2 other sizes and "
             f"numbers of experts; "
@@ -111,7 +119,7 @@ def fit_forecaster(
         multiplier=max(one.multiplier for one in calibrations),
         threshold=min(one.threshold for one in calibrations),
     )
-    return Forecaster(past.progress_S[1:], float(past.progress_S[0]), _fit(past), calibration)
+    return Forecaster(past.progress_S[1:], float(past.progress_S[0]), _fit(past, scale), calibration, scale)
 
 
 def _calibrate(
@@ -145,7 +153,7 @@ def _quantile(value_R: np.ndarray, confidence: float) -> float:
     return float(np.sort(value_R)[min(math.ceil(confidence * (value_R.size + 1)), value_R.size) - 1])
 
 
-def _cross_predictions(past: Gains, folds: Folds) -> list[tuple[np.ndarray, np.ndarray]]:
+def _cross_predictions(past: Gains, folds: Folds, scale: Scale) -> list[tuple[np.ndarray, np.ndarray]]:
     """How far each size's runs miss when predicted from the fold's other sizes; folds that are too small are left out.
 
     Per size and run: the absolute deviation of the final gain, and the lowest deviation of any look.
@@ -154,37 +162,49 @@ def _cross_predictions(past: Gains, folds: Folds) -> list[tuple[np.ndarray, np.n
     for size in np.unique(past.size_R):
         others = {"others": past.size_R != size, "smaller": past.size_R < size, "larger": past.size_R > size}[folds]
         known, new = past.take(others), past.take(past.size_R == size)
-        design_RC = _design(known.gain_RS[:, 0], known.size_R, known.experts_R)
+        design_RC = _design(known.gain_RS[:, 0], known.size_R, known.experts_R, scale)
         if len(design_RC) < 2 * COLUMNS or np.linalg.matrix_rank(design_RC) < COLUMNS:
             continue
-        gain_R = new.gain_RS[:, 0]
-        mean_RS, deviation_RS = _fit(known).predict(_design(gain_R, new.size_R, new.experts_R), _noise(gain_R))
-        mean_RS = mean_RS + _log(gain_R)[:, None]
-        final_R = (_log(new.gain_RS[:, -1]) - mean_RS[:, -1]) / deviation_RS[:, -1]
-        found.append((np.abs(final_R), _standardised(new.gain_RS[:, 1:], mean_RS, deviation_RS).min(1)))
+        mean_RS, deviation_RS = _predict(_fit(known, scale), new.gain_RS[:, 0], new.size_R, new.experts_R, scale)
+        final_R = (_scaled(new.gain_RS[:, -1], scale) - mean_RS[:, -1]) / deviation_RS[:, -1]
+        found.append((np.abs(final_R), _standardised(new.gain_RS[:, 1:], mean_RS, deviation_RS, scale).min(1)))
     return found
 
 
-def _fit(past: Gains) -> MixedFit:
+def _scale(past: Gains) -> Scale:
+    return "linear" if np.mean(past.gain_RS.min(1) <= GAIN_FLOOR) > BEHIND else "log"
+
+
+def _fit(past: Gains, scale: Scale) -> MixedFit:
     gain_R = past.gain_RS[:, 0]
-    target_RS = _log(past.gain_RS[:, 1:]) - _log(gain_R)[:, None]
-    return fit_mixed(_design(gain_R, past.size_R, past.experts_R), target_RS, _noise(gain_R), past.size_R)
+    target_RS = _scaled(past.gain_RS[:, 1:], scale) - _scaled(gain_R, scale)[:, None]
+    return fit_mixed(_design(gain_R, past.size_R, past.experts_R, scale), target_RS, _noise(gain_R, scale), past.size_R)
 
 
-def _standardised(gain_RS: np.ndarray, mean_RS: np.ndarray, deviation_RS: np.ndarray) -> np.ndarray:
-    """Deviations of log gain from their mean, in units of the path's deviation and of one evaluation's noise together."""
-    return (_log(gain_RS) - mean_RS) / np.hypot(deviation_RS, LOOK_NOISE * np.exp(-mean_RS))
+def _predict(
+    fit: MixedFit, gain_R: np.ndarray, size_R: np.ndarray, experts_R: np.ndarray, scale: Scale
+) -> tuple[np.ndarray, np.ndarray]:
+    mean_RS, deviation_RS = fit.predict(_design(gain_R, size_R, experts_R, scale), _noise(gain_R, scale))
+    return mean_RS + _scaled(gain_R, scale)[:, None], deviation_RS
 
 
-def _log(gain: np.ndarray) -> np.ndarray:
-    return np.log(np.maximum(gain, GAIN_FLOOR))
+def _standardised(gain_RS: np.ndarray, mean_RS: np.ndarray, deviation_RS: np.ndarray, scale: Scale) -> np.ndarray:
+    """Deviations of (log) gain from their mean, in units of the path's deviation and of one evaluation's noise together."""
+    look_RS = LOOK_NOISE * (np.exp(-mean_RS) if scale == "log" else np.ones_like(mean_RS))
+    return (_scaled(gain_RS, scale) - mean_RS) / np.hypot(deviation_RS, look_RS)
 
 
-def _design(gain_R: np.ndarray, size_R: np.ndarray, experts_R: np.ndarray) -> np.ndarray:
-    columns = (np.ones_like(gain_R), np.log(size_R / SIZE_UNIT), _log(gain_R), np.log(experts_R))
+def _scaled(gain: np.ndarray, scale: Scale) -> np.ndarray:
+    return np.log(np.maximum(gain, GAIN_FLOOR)) if scale == "log" else gain
+
+
+def _design(gain_R: np.ndarray, size_R: np.ndarray, experts_R: np.ndarray, scale: Scale) -> np.ndarray:
+    columns = (np.ones_like(gain_R), np.log(size_R / SIZE_UNIT), _scaled(gain_R, scale), np.log(experts_R))
     return np.stack(columns, 1)
 
 
-def _noise(gain_R: np.ndarray) -> np.ndarray:
+def _noise(gain_R: np.ndarray, scale: Scale) -> np.ndarray:
     """Error variance of each run in units of σ²: a small gain is known less well, relatively."""
+    if scale == "linear":
+        return np.ones_like(gain_R)
     return 1 + (LOOK_NOISE / RELATIVE_ERROR / np.maximum(gain_R, GAIN_FLOOR)) ** 2

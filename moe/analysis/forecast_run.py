@@ -93,6 +93,7 @@ def look(learnt: Learnt, subject: Subject, progress_S: np.ndarray, gain_S: np.nd
         "high": high,
         "confidence": calibration.confidence,
         "form": learnt.form,
+        "scale": forecaster.scale,
         "past_runs": learnt.past_runs,
         "beyond_past_sizes": learnt.beyond_past_sizes,
         "false_alarm_rate": calibration.false_alarm_rate,

@@ -21,7 +21,8 @@ Json = dict[str, Any]
 Kind = tuple[float | None, float | None]
 NOTHING = {
     "forecast": None, "low": None, "high": None, "gain_at_anchor": None, "threshold": None, "looks": [], "alarm": None,
-    "form": None, "past_runs": 0, "beyond_past_sizes": False, "promise": None, "bound": None, "fresh_rows": 0,
+    "form": None,
+    "scale": None, "past_runs": 0, "beyond_past_sizes": False, "promise": None, "bound": None, "fresh_rows": 0,
     "mean_gain": None, "wealth": None, "clipped": 0, "promise_alarm": None,
 }  # fmt: skip
 
