@@ -369,9 +369,10 @@ def test_contracts_are_judged_with_twins_of_their_own(start):
     assert verdicts["flops"]["from"] == "the active twin itself" and verdicts["flops"]["verdict"] == "win"
     # the report's own gain at equal FLOPs
     assert verdicts["flops"]["gain"]["values"] == pytest.approx(report["gain"]["values"])
-    assert verdicts["dollars"]["why"] == "a run does not know this resource"
+    assert verdicts["dollars"].get("gain") == verdicts["seconds"].get("gain") is not None
+    assert "no price was given" in verdicts["dollars"]["from"]
     assert [part["twin"] for part in found["decomposition"]] == ["hash", "frozen_random"]
-    assert any(note.startswith("At equal FLOPs: win") for note in report["verdict"]["notes"])
+    assert any(line["sentence"].startswith("At equal FLOPs: win") for line in report["verdict"]["contracts"])
     assert "At equal FLOPs: win" in printed and "Against the hash twin: capacity" in printed
     assert (start.out / "timing_total.json").exists()
 
@@ -408,7 +409,7 @@ def test_the_report_quotes_the_promise_and_says_that_it_was_kept(start, tmp_path
     ]
     assert found["promise"]["outcome"]["verdict"] == "kept"
     assert read(start.out / "sparse-seed1.json")["run"]["logging"]["promise"] == seal
-    assert any(f"seal {seal[:12]}" in note for note in found["verdict"]["notes"])
+    assert any(f"seal {seal[:12]}" in note for note in found["promise"]["sentences"])
 
 
 def test_a_promise_that_was_changed_is_refused_before_and_shown_after(start, tmp_path):
@@ -417,12 +418,12 @@ def test_a_promise_that_was_changed_is_refused_before_and_shown_after(start, tmp
     copy = start.out / "promise.json"
     copy.write_text(json.dumps(read(copy) | {"low": -1.0}))
     build_report(start.out)
-    assert "changed after it was sealed" in " ".join(read(start.out / "report.json")["verdict"]["notes"])
+    assert "changed after it was sealed" in " ".join(read(start.out / "report.json")["promise"]["sentences"])
     resealed = sealed({name: value for name, value in read(copy).items() if name != "sha256"})
     copy.write_text(json.dumps(resealed))
     build_report(start.out)
     assert "Not started under this promise, but under another or none: sparse-seed0" in " ".join(
-        read(start.out / "report.json")["verdict"]["notes"]
+        read(start.out / "report.json")["promise"]["sentences"]
     )
     copy.unlink()
     build_report(start.out)

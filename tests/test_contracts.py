@@ -146,8 +146,11 @@ def test_the_crossover_is_where_the_last_change_of_sign_is():
 def test_curves_of_seeds_are_averaged_only_at_the_same_steps():
     x = np.array([1.0, 2.0])
     assert mean_curve([(x, np.array([4.0, 2.0])), (x, np.array([2.0, 1.0]))])[1] == pytest.approx([3.0, 1.5])
-    with pytest.raises(UserError, match="evaluated at different steps"):
-        mean_curve([(x, x), (x + 1, x)])
+    near = mean_curve([(x, x), (x * 1.004, x)])[0]  # batches of another seed hold a few tokens more
+    assert near == pytest.approx(x * 1.002)
+    for other in (x + 1, np.array([1.0, 2.0, 3.0])):
+        with pytest.raises(UserError, match="evaluated at different steps"):
+            mean_curve([(x, x), (other, other)])
 
 
 def test_the_gain_splits_into_capacity_and_routing():

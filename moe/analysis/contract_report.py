@@ -53,13 +53,25 @@ def judge_comparison(directory: Path, confidence: float = 0.95) -> Json:
         "confidence": confidence,
         "seeds": record["seeds"],
         "learning_rate": record.get("learning_rate"),
-        "contracts": [judge(contract, sparse, active, total, confidence) for contract in CONTRACTS],
+        "contracts": _judged(sparse, active, total, confidence),
         "effective_size": None if total is None else effective_size(sparse, active, total, confidence),
         "speed": _speed(arms, curves, _timing(directory, "dense"), confidence),
         "crossover": _crossover(curves, seconds),
         "decomposition": [decompose(sparse, active, arms[arm], confidence) for arm in ROUTERLESS if arm in arms],
         "arms": {name: {"loss": arm.loss_S.tolist(), **arm.resources} for name, arm in arms.items()},
     }
+
+
+def _judged(sparse: Arm, active: Arm, total: Arm | None, confidence: float) -> list[Json]:
+    """Every contract. Without any price, equal cost is equal wall-clock: rent goes by the hour."""
+    entries = {contract: judge(contract, sparse, active, total, confidence) for contract in CONTRACTS}
+    clock = entries["seconds"]
+    unpriced = not any("dollars" in arm.resources for arm in (sparse, active, total) if arm is not None)
+    if unpriced and clock["verdict"] is not None:
+        source = f"{clock['from']}, at equal wall-clock, which any rent by the hour makes the same (no price was given)"
+        known = {"sparse": None, "active": None, "total": None, "from": source}
+        entries["dollars"] = {**clock, "contract": "dollars", "name": CONTRACTS["dollars"], **known}
+    return list(entries.values())
 
 
 def _timing(directory: Path, arm: str) -> Json | None:
@@ -102,15 +114,18 @@ def _arm(name: str, runs: Sequence[RunRows], rows_per_token: float | None, secon
             ]
             if len(values) == len(runs) and min(values) > 0:
                 resources[amount] = float(np.mean(values))
-        if seconds is not None and "dollars" in resources:
-            # rent goes by time, and the interleaved timing knows that better than runs that shared a machine with others
+        if seconds is not None:
+            # rent and modelled watts go by time, which the interleaved timing knows better than runs that shared a machine
             own = np.mean(
                 [
                     one["seconds"]["value"] * run.summary["tokens"] / one["tokens"]
                     for one, run in zip(accounts, runs, strict=True)
                 ]
             )
-            resources["dollars"] *= seconds * tokens / float(own)
+            counters = all(one["joules"] and one["joules"]["grade"] == "measured" for one in accounts)
+            for amount in ("dollars",) if counters else ("dollars", "joules"):
+                if amount in resources:
+                    resources[amount] *= seconds * tokens / float(own)
     return Arm(name, np.array([run.final_bits for run in runs]), resources)
 
 

@@ -149,10 +149,11 @@ def crossover(sparse: tuple[np.ndarray, np.ndarray], dense: tuple[np.ndarray, np
 
 
 def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """The mean over seeds of curves with the same x."""
-    if any(not np.array_equal(curve[0], curves[0][0]) for curve in curves):
+    """The mean over seeds of curves evaluated at the same steps; their x (tokens) may differ by SAME, as batches of seeds do."""
+    x_Sn = [x for x, _ in curves]
+    if any(x.shape != x_Sn[0].shape or not np.allclose(x, x_Sn[0], rtol=SAME, atol=0) for x in x_Sn):
         raise UserError("the seeds of one arm were evaluated at different steps: compare runs of one config.")
-    return curves[0][0], np.mean([loss for _, loss in curves], axis=0)
+    return np.mean(x_Sn, axis=0), np.mean([loss for _, loss in curves], axis=0)
 
 
 def _at(x: np.ndarray, curve: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
