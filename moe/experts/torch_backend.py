@@ -5,17 +5,21 @@ keeps x and the two pre-activations only (D + 2·K·F elements per token, plus i
 gradient of a row's weight is <dO·W_downᵀ, a>, which needs no expert output. As one operator with a fake implementation
 it also traces under torch.compile(fullgraph=True), whatever the row counts. Experts of different widths keep as much
 memory as if all were of the widest: how many rows meet which is known only once they have been routed.
+
+Each expert has its own products; the passes around them are over a block of experts (moe/experts/row_blocks.py).
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
+from moe.experts.row_blocks import Block, Scratch, blocks_of, clear, multiply, sum_over_rows
 from moe.routing import Dispatch
 from moe_triton.block_sparse import PackedExperts
+
+_silu, _silu_backward = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
+_Matrices = list[tuple[Tensor, Tensor, Tensor]]
 
 
 def expert_ffn(
@@ -34,30 +38,12 @@ def expert_ffn(
     return _forward(x_TD, *weights, *rows, widths, on_input, keep)[0]
 
 
-def _matrices(
-    w_gate: Tensor, w_up: Tensor, w_down: Tensor, widths: Sequence[int]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _matrices(w_gate: Tensor, w_up: Tensor, w_down: Tensor, widths: Sequence[int]) -> _Matrices:
     """Views (W_gate [D, F], W_up [D, F], W_down [F, D]) of each expert's weights, stacked or packed."""
     if w_up.ndim == 3:
         return list(zip(w_gate, w_up, w_down, strict=True))
     parts = (w.split(list(widths)) for w in (w_gate, w_up, w_down))
     return [(gate.t(), up.t(), down) for gate, up, down in zip(*parts, strict=True)]
-
-
-def _hidden_rows(hidden_PF: Tensor, spans: list[tuple[int, int, int]], widths: Sequence[int]) -> list[Tensor]:
-    """Views [rows, width] of each span's pre-activations, one after another in a buffer with room for the widest."""
-    flat, views, used = hidden_PF.view(-1), [], 0
-    for e, start, end in spans:
-        size = (end - start) * widths[e]
-        views.append(flat[used : used + size].view(end - start, widths[e]))
-        used += size
-    return views
-
-
-def _spans(offsets_E1: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first row, row past the last) of every expert that has rows."""
-    bounds = offsets_E1.tolist()  # host sync: each expert's product needs its size
-    return [(e, start, end) for e, (start, end) in enumerate(pairwise(bounds)) if end > start]
 
 
 @torch.library.custom_op("moe_lab::expert_ffn", mutates_args=())
@@ -73,30 +59,38 @@ def _forward(
     on_input: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spans = _spans(offsets_E1)
     sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
     y_TD = torch.zeros(x_TD.shape, dtype=sum_dtype, device=x_TD.device)
+    blocks = blocks_of(x_TD, offsets_E1, widths)
+    matrices, scratch = _matrices(w_gate, w_up, w_down, widths), Scratch(x_TD, blocks)
     shape = (token_P.shape[0] if keep else 0, max(widths))
     # what no row fills, because it goes nowhere or meets a narrow expert, is zeros: no uninitialised memory is ever saved
-    full = sum((end - start) * widths[e] for e, start, end in spans) == shape[0] * shape[1]
-    gate_PF, up_PF = (x_TD.new_empty(shape) if full else x_TD.new_zeros(shape) for _ in range(2))
-    kept = [_hidden_rows(hidden, spans, widths) for hidden in (gate_PF, up_PF)] if keep else None
-    matrices = _matrices(w_gate, w_up, w_down, widths)
+    used = sum(block.rows * block.width for block in blocks)
+    gate_PF, up_PF = (x_TD.new_empty(shape) if used == shape[0] * shape[1] else x_TD.new_zeros(shape) for _ in range(2))
     weight_P1 = weight_P.to(x_TD.dtype).unsqueeze(1)
-    for i, (e, start, end) in enumerate(spans):
-        matrix_gate, matrix_up, matrix_down = matrices[e]
-        token, scale = token_P[start:end], weight_P1[start:end]
-        x = x_TD.index_select(0, token)
+    first = 0
+    for block in blocks:
+        n, token, scale = block.rows, token_P[block.start : block.end], weight_P1[block.start : block.end]
+        x = scratch.gather("x", x_TD, token)[scratch.lead :]
         if on_input:
-            x.mul_(scale)
-        if kept is not None:
-            gate, up = torch.mm(x, matrix_gate, out=kept[0][i]), torch.mm(x, matrix_up, out=kept[1][i])
+            x[:n].mul_(scale)
+        if keep:
+            # to the end of what is kept, because products over spare rows run into the rows that come next
+            reach = (used - first) // block.width * block.width
+            gate, up = (kept.view(-1)[first : first + reach].view(-1, block.width) for kept in (gate_PF, up_PF))
+            first += n * block.width
         else:
-            gate, up = x @ matrix_gate, x @ matrix_up
-        out = silu(gate).mul_(up) @ matrix_down
+            gate, up = (scratch.body(name, n, block.width) for name in ("gate", "up"))
+        hidden, out = scratch.body("hidden", n, block.width), scratch.body("out", n, x_TD.shape[1])
+        for span in block.spans:
+            multiply(x, span, matrices[span.expert][0], gate)
+            multiply(x, span, matrices[span.expert][1], up)
+        _silu(gate[:n], out=hidden[:n]).mul_(up[:n])
+        for span in block.spans:
+            multiply(hidden, span, matrices[span.expert][2], out)
         if not on_input:
-            out.mul_(scale)
-        y_TD.index_add_(0, token, out.to(sum_dtype))
+            out[:n].mul_(scale)
+        y_TD.index_add_(0, token, out[:n].to(sum_dtype))
     return y_TD.to(x_TD.dtype), gate_PF, up_PF
 
 
@@ -104,6 +98,35 @@ def _forward(
 def _(x_TD, w_gate, w_up, w_down, token_P, weight_P, offsets_E1, widths, on_input, keep):
     shape = (token_P.shape[0] if keep else 0, max(widths))
     return torch.empty_like(x_TD), x_TD.new_empty(shape), x_TD.new_empty(shape)
+
+
+def _hidden_gradients(
+    block: Block,
+    scratch: Scratch,
+    matrices: _Matrices,
+    dy: Tensor,
+    kept: tuple[Tensor, Tensor],
+    scale: Tensor | None,
+    dweight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole buffers of a block's hidden values and of the gradients of its pre-activations, from dy, of a whole buffer too.
+
+    With `scale`, the weights of the rows' outputs, their gradients go into `dweight`, and dy is multiplied by them.
+    """
+    n, lead, (gate, up) = block.rows, scratch.lead, kept
+    wholes = [scratch.whole(name, n, block.width) for name in ("hidden", "dup", "dgate")]
+    hidden, act, dhidden = (whole[lead : lead + n] for whole in wholes)
+    for span in block.spans:
+        multiply(dy[lead:], span, matrices[span.expert][2].t(), wholes[2][lead:])
+    torch.mul(_silu(gate, out=act), up, out=hidden)
+    if scale is not None:
+        product = torch.mul(dhidden, hidden, out=scratch.body("product", n, block.width)[:n])
+        torch.sum(product, 1, dtype=dweight.dtype, out=dweight)
+        dhidden.mul_(scale)
+        dy[lead : lead + n].mul_(scale)
+    act.mul_(dhidden)
+    _silu_backward(dhidden.mul_(up), gate, grad_input=dhidden)
+    return wholes[0], wholes[1], wholes[2]
 
 
 @torch.library.custom_op("moe_lab::expert_ffn_backward", mutates_args=())
@@ -121,42 +144,47 @@ def _backward(
     widths: Sequence[int],
     on_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spans = _spans(offsets_E1)
     sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
     dx_TD = torch.zeros(x_TD.shape, dtype=sum_dtype, device=x_TD.device)
     dweight_P = torch.zeros_like(weight_P)
+    blocks = blocks_of(x_TD, offsets_E1, widths)
     dw_gate, dw_up, dw_down = (torch.empty_like(w) for w in (w_gate, w_up, w_down))
     matrices, gradients = _matrices(w_gate, w_up, w_down, widths), _matrices(dw_gate, dw_up, dw_down, widths)
-    for e in set(range(len(widths))) - {e for e, _, _ in spans}:
+    for e in set(range(len(widths))) - {span.expert for block in blocks for span in block.spans}:
         for gradient in gradients[e]:
             gradient.zero_()
-    hidden_rows = zip(*(_hidden_rows(hidden, spans, widths) for hidden in (gate_PF, up_PF)), strict=True)
+    scratch = Scratch(x_TD, blocks)
+    lead, first = scratch.lead, 0
     weight_P1 = weight_P.to(x_TD.dtype).unsqueeze(1)
-    for (e, start, end), (gate, up) in zip(spans, hidden_rows, strict=True):
-        matrix_gate, matrix_up, matrix_down = matrices[e]
-        dmatrix_gate, dmatrix_up, dmatrix_down = gradients[e]
-        token, scale = token_P[start:end], weight_P1[start:end]
-        x, dy = x_TD.index_select(0, token), dy_TD.index_select(0, token)
-        sigmoid = gate.sigmoid()
-        act = gate * sigmoid
-        hidden = act * up
-        dhidden = dy @ matrix_down.t()
-        if not on_input:
-            dweight_P[start:end] = (dhidden * hidden).sum(1, dtype=dweight_P.dtype)
-            dhidden.mul_(scale)
-            hidden.mul_(scale)
-        torch.mm(hidden.t(), dy, out=dmatrix_down)
-        dup = dhidden * act
-        # d silu(g)/dg = sigmoid + g·sigmoid·(1 - sigmoid) = sigmoid + act - act·sigmoid
-        dgate = dhidden.mul_(up).mul_(sigmoid.addcmul_(act, 1 - sigmoid))
-        seen = x * scale if on_input else x
-        torch.mm(seen.t(), dgate, out=dmatrix_gate)
-        torch.mm(seen.t(), dup, out=dmatrix_up)
-        dx = (dgate @ matrix_gate.t()).addmm_(dup, matrix_up.t())
+    for block in blocks:
+        n, rows = block.rows, slice(block.start, block.end)
+        token, scale, size = token_P[rows], weight_P1[rows], n * block.width
+        gate, up = (kept.view(-1)[first : first + size].view(n, -1) for kept in (gate_PF, up_PF))
+        first += size
+        x, dy = scratch.gather("x", x_TD, token), scratch.gather("dy", dy_TD, token)
+        hidden, dup, dgate = _hidden_gradients(
+            block, scratch, matrices, dy, (gate, up), None if on_input else scale, dweight_P[rows]
+        )
+        seen, dx = x, scratch.body("dx", n, x_TD.shape[1])
         if on_input:
-            dweight_P[start:end] = (dx * x).sum(1, dtype=dweight_P.dtype)
-            dx.mul_(scale)
-        dx_TD.index_add_(0, token, dx.to(sum_dtype))
+            seen = scratch.whole("seen", n, x_TD.shape[1])
+            torch.mul(x[lead : lead + n], scale, out=seen[lead : lead + n])
+        for span in block.spans:
+            (matrix_gate, matrix_up, _), (dmatrix_gate, dmatrix_up, dmatrix_down) = (
+                each[span.expert] for each in (matrices, gradients)
+            )
+            sum_over_rows(hidden, dy, span, lead, dmatrix_down)
+            sum_over_rows(seen, dgate, span, lead, dmatrix_gate)
+            sum_over_rows(seen, dup, span, lead, dmatrix_up)
+            multiply(dgate[lead:], span, matrix_gate.t(), dx)
+            reach = slice(span.start, span.end + span.spare)
+            dx[reach].addmm_(dup[lead:][reach], matrix_up.t())
+            if span is not block.spans[-1]:
+                clear((hidden, dy, seen, dgate, dup), span, lead)
+        if on_input:
+            torch.sum(dx[:n] * x[lead : lead + n], 1, dtype=dweight_P.dtype, out=dweight_P[rows])
+            dx[:n].mul_(scale)
+        dx_TD.index_add_(0, token, dx[:n].to(sum_dtype))
     return dx_TD.to(x_TD.dtype), dw_gate, dw_up, dw_down, dweight_P
 
 

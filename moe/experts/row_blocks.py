@@ -1,0 +1,126 @@
+"""Blocks of experts for the `torch` backend: their rows, scratch memory that every block uses again, and products over it.
+
+A product per expert is not to be avoided, but a gather, an activation and a sum per expert are: experts of one width that follow
+each other share them, as many as fit into `BLOCK_ELEMENTS` (a megabyte of float32, what a core's own cache holds). Scratch
+of that size also stays mapped: fresh memory of the size of all rows costs more in page faults than the passes over it.
+
+Types of 16 bits on a CPU multiply by kernels that oneDNN compiles for each shape: 0.8 to 3 ms for every row count it has not
+met, where the product takes 0.2 ms, and the counts of a routing are new at every step (docs/benchmarks.md). So their products
+are over a few rows more than the expert has, up to a multiple of 4 or of about 1/64 of the count. Nothing is padded in memory:
+rows come from the next expert, whose own product then overwrites what they gave; where rows are summed over, they are those of
+the expert before, by then zero.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2**18
+"""Rows times columns of a block with more than one expert, at most."""
+
+
+class Span(NamedTuple):
+    """One expert's rows of a block, and as many `spare` ones as bring the count to a multiple that returns."""
+
+    expert: int
+    start: int
+    end: int
+    spare: int
+
+
+class Block(NamedTuple):
+    """Rows `start` to `end` of all, of experts of one width that follow each other; spans count from the block's first row."""
+
+    start: int
+    end: int
+    width: int
+    spans: list[Span]
+
+    @property
+    def rows(self) -> int:
+        """How many rows the block has."""
+        return self.end - self.start
+
+
+def _spare(rows: int, like: Tensor) -> int:
+    """Rows up to the next multiple of 4, or of 1/64 of the largest power of two below: at most 64 counts per octave."""
+    if like.device.type != "cpu" or like.element_size() != 2:
+        return 0
+    return -rows % max(4, (1 << rows.bit_length() - 1) // 64)
+
+
+def blocks_of(x_TD: Tensor, offsets_E1: Tensor, widths: Sequence[int]) -> list[Block]:
+    """All experts that have rows, in order, in blocks; experts without rows are in none."""
+    blocks: list[Block] = []
+    bounds = offsets_E1.tolist()  # host sync: each expert's product needs its size
+    for e, (start, end) in enumerate(pairwise(bounds)):
+        if end == start:
+            continue
+        spare = _spare(end - start, x_TD)
+        last = blocks[-1] if blocks else None
+        columns = max(widths[e], x_TD.shape[1])
+        if last and last.width == widths[e] and (end - last.start) * columns <= BLOCK_ELEMENTS:
+            last.spans.append(Span(e, start - last.start, end - last.start, spare))
+            blocks[-1] = last._replace(end=end)
+        else:
+            blocks.append(Block(start, end, widths[e], [Span(e, 0, end - start, spare)]))
+    return blocks
+
+
+class Scratch:
+    """Buffers by name, of the size of the largest block, with room for spare rows before and after; all of x's type.
+
+    The rows before are zero. `whole` has all rows, `body` starts at the block's first.
+    """
+
+    def __init__(self, x_TD: Tensor, blocks: list[Block]):
+        self._x_TD: Tensor = x_TD
+        self._buffers: dict[str, Tensor] = {}
+        self._columns: dict[str, int] = {}
+        self.lead = max((span.spare for block in blocks for span in block.spans), default=0)
+        self._most = max((block.rows * max(block.width, x_TD.shape[1]) for block in blocks), default=0)
+        self._widest = max((max(block.width, x_TD.shape[1]) for block in blocks), default=0)
+
+    def whole(self, name: str, rows: int, columns: int) -> Tensor:
+        """[lead + rows + lead, columns] of a buffer; what a block before left there is still there, except in the lead."""
+        if name not in self._buffers:
+            self._buffers[name] = self._x_TD.new_empty(self._most + 2 * self.lead * self._widest)
+        whole = self._buffers[name][: (rows + 2 * self.lead) * columns].view(-1, columns)
+        if self.lead and self._columns.get(name) != columns:
+            whole[: self.lead].zero_()
+            self._columns[name] = columns
+        return whole
+
+    def body(self, name: str, rows: int, columns: int) -> Tensor:
+        """[rows + lead, columns] of a buffer, from the block's first row."""
+        return self.whole(name, rows, columns)[self.lead :]
+
+    def gather(self, name: str, source_TD: Tensor, token: Tensor) -> Tensor:
+        """Rows `token` of source_TD [T, D], in the whole of a buffer."""
+        whole = self.whole(name, token.shape[0], source_TD.shape[1])
+        torch.index_select(source_TD, 0, token, out=whole[self.lead : self.lead + token.shape[0]])
+        return whole
+
+
+def multiply(rows: Tensor, span: Span, matrix: Tensor, out: Tensor) -> None:
+    """out = rows @ matrix in a span's rows, and anything in the spare ones after them, where `out` has those."""
+    _, start, end, spare = span
+    if end + spare <= out.shape[0]:
+        torch.mm(rows[start : end + spare], matrix, out=out[start : end + spare])
+    else:
+        out[start:end] = torch.mm(rows[start : end + spare], matrix)[: end - start]
+
+
+def sum_over_rows(left: Tensor, right: Tensor, span: Span, lead: int, out: Tensor) -> None:
+    """out = leftᵀ @ right over a span's rows of two whole buffers; spare rows before them must be zero."""
+    window = slice(lead + span.start - span.spare, lead + span.end)
+    torch.mm(left[window].t(), right[window], out=out)
+
+
+def clear(buffers: Sequence[Tensor], span: Span, lead: int) -> None:
+    """Make a span's last rows zero, because the next one's `sum_over_rows` may run over them."""
+    for whole in buffers if lead else ():
+        whole[span.end : span.end + lead].zero_()
