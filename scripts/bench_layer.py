@@ -1,25 +1,32 @@
 """Time one expert layer, forward and backward: ours, transformers', and a dense layer of equal active FLOPs, interleaved.
 
-    python scripts/bench_layer.py [--dtype float32 bfloat16] [--threads 1] [--rounds 15] [--json FILE]
+    python scripts/bench_layer.py [--dtype float32 bfloat16] [--threads 1 2] [--tokens same new] [--rounds 15] [--json FILE]
+    python scripts/bench_layer.py --issue [--write docs/benchmarks.md]
 
 Every round runs each contender once, in rotating order, so that a machine that slows down slows all of them down. What
 is reported is each contender's speed as a share of the dense layer's: the median over rounds of dense time / its time,
 with quartiles. The contenders that compute the same function are compared first; if they disagree nothing is timed.
+
+`--tokens same` gives every round the same tokens, `new` others: then experts have other numbers of rows each time, as they
+have in training. `products` is the floor: nothing but the matrix products of each expert's size, forward and backward, one
+after another into memory that is there. `--issue` is all of it: both types at one thread and at two, new tokens at one.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
+from bench_layer_page import BEGIN, END, Row, has_markers, print_row, ratios, write
+from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -33,20 +40,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AGREEMENT = {"float32": (0.99, 1e-4), "bfloat16": (0.5, 5e-2)}
 """Share of the tokens whose relative error must be below the tolerance. transformers' router works in the type of x, ours
 in float32: in bfloat16 a token whose K-th and next expert are close may go to the other one, in both directions."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contender at one shape: speed as a share of the dense layer's, and milliseconds."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    threads: int
-    contender: str
-    share: float
-    share_low: float
-    share_high: float
-    milliseconds: float
 
 
 def build_ours(shape: tuple[int, ...]) -> MoELayer:
@@ -77,11 +70,10 @@ def build_theirs(ours: MoELayer, shape: tuple[int, ...], implementation: str) ->
     return block
 
 
-def contenders(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[dict[str, Callable], torch.Tensor]:
-    """Functions of x that do a forward and a backward pass, and x [1, T, D]. Weights are of the type that is timed."""
+def contenders(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[dict[str, Callable], Callable[[int], Tensor]]:
+    """Functions of x that do a forward and a backward pass, and x [1, T, D] of a round. Weights are of the type that is timed."""
     T, D, F, _, K = shape
     torch.manual_seed(0)
-    x = torch.randn(1, T, D)
     ours = build_ours(shape)
     modules = {name: build_theirs(ours, shape, name).to(dtype) for name in ("grouped_mm", "eager")}
     dense = SwiGLU(D, K * F)
@@ -90,7 +82,37 @@ def contenders(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[dict[str, Ca
     # the experts in the timed type, like transformers'; the router stays float32, as in training
     ours.experts.to(dtype)
     layers |= {f"transformers {name}": module for name, module in modules.items()}
-    return {name: _forward_backward(layer) for name, layer in layers.items()}, x.to(dtype)
+
+    def tokens(index: int) -> Tensor:
+        return torch.randn(1, T, D, generator=torch.Generator().manual_seed(index)).to(dtype)
+
+    functions = {name: _forward_backward(layer) for name, layer in layers.items()}
+    return {**functions, "products": products(ours, tokens(0))}, tokens
+
+
+def products(ours: MoELayer, x: Tensor) -> Callable[[Tensor], None]:
+    """The nine matrix products of each expert at the numbers of rows that x gives, and nothing else."""
+    with torch.no_grad():
+        counts = ours.experts.plan(ours(x)[1]).counts_E.tolist()
+    experts = ours.experts
+    gate, up, down = (w.detach().unbind() for w in (experts.w_gate_EDF, experts.w_up_EDF, experts.w_down_EFD))
+    dgate, dup, ddown = (torch.empty_like(w) for w in (gate[0], up[0], down[0]))
+    D, F = gate[0].shape
+    inside, hidden = x[0, :1].expand(max(counts), D).contiguous(), x.new_zeros(max(counts), F)
+    model_out, hidden_out = torch.empty_like(inside), torch.empty_like(hidden)
+
+    def run(_: Tensor) -> None:
+        for e, n in enumerate(counts):
+            outer, inner, to_model, to_hidden = inside[:n], hidden[:n], model_out[:n], hidden_out[:n]
+            for weight, gradient in ((gate[e], dgate), (up[e], dup)):
+                torch.mm(outer, weight, out=to_hidden)
+                torch.mm(inner, weight.t(), out=to_model)
+                torch.mm(outer.t(), inner, out=gradient)
+            torch.mm(inner, down[e], out=to_model)
+            torch.mm(outer, down[e].t(), out=to_hidden)
+            torch.mm(inner.t(), outer, out=ddown)
+
+    return run
 
 
 def _forward_backward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -118,26 +140,46 @@ def check_agreement(functions: dict[str, Callable], x: torch.Tensor, share: floa
             sys.exit(f"ours and {name} differ by {error:.1e} (at most {tolerance:.0e}): nothing was timed")
 
 
-def time_shape(shape: tuple[int, ...], dtype: str, rounds: int) -> list[Row]:
+def time_shape(shape: tuple[int, ...], dtype: str, tokens: str, rounds: int, clock: Callable[[], float]) -> list[Row]:
     """Interleaved rounds at one shape."""
-    functions, x = contenders(shape, DTYPES[dtype])
+    functions, tokens_of = contenders(shape, DTYPES[dtype])
+    x = tokens_of(0)
     check_agreement(functions, x, *AGREEMENT[dtype])
     names = list(functions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_index in range(rounds + 1):
+        if tokens == "new":
+            x = tokens_of(round_index)
         for offset in range(len(names)):
             name = names[(round_index + offset) % len(names)]
-            start = time.perf_counter()
+            start = clock()
             functions[name](x)
             if round_index:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    rows = []
-    for name in names:
-        shares = [dense / own for dense, own in zip(seconds["dense"], seconds[name], strict=True)]
-        low, middle, high = statistics.quantiles(shares, n=4)
-        milliseconds = 1000 * statistics.median(seconds[name])
-        rows.append(Row(shape, dtype, torch.get_num_threads(), name, middle, low, high, milliseconds))
-    return rows
+                seconds[name].append(clock() - start)
+    return [
+        Row(
+            shape=shape,
+            dtype=dtype,
+            threads=torch.get_num_threads(),
+            tokens=tokens,
+            contender=name,
+            share=ratios(seconds["dense"], seconds[name]),
+            ours=ratios(seconds[name], seconds["ours"]),
+            milliseconds=1000 * statistics.median(seconds[name]),
+        )
+        for name in names
+    ]
+
+
+def peak_gigaflops(dtype: torch.dtype) -> float:
+    """Speed of the best of 15 large square products, 10^9 floating-point operations a second."""
+    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    seconds = []
+    for _ in range(15):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(seconds) / 1e9
 
 
 def versions() -> dict[str, str]:
@@ -157,33 +199,50 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
-    """Time all shapes and print a table."""
+    """Time all shapes, print a table and write what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--tokens", nargs="+", choices=["same", "new"], default=["same"])
+    parser.add_argument("--shapes", nargs="+", type=int, choices=range(len(SHAPES)), default=list(range(len(SHAPES))))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of this process, for a machine that others use; one thread"
+    )
+    parser.add_argument("--issue", action="store_true", help="everything that docs/benchmarks.md has of this script")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="renew the tables of a page, between its markers")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(" · ".join(f"{key} {value}" for key, value in versions().items()), f"· {arguments.rounds} rounds")
-    print(
-        "| T, D, F, E, K | type | threads | layer | share of dense speed [quartiles] | ms |\n|---|---|---|---|---|---|"
-    )
+    if arguments.cpu_time and (arguments.issue or arguments.threads != [1]):
+        parser.error("--cpu-time adds up the threads' times: it goes with --threads 1, and not with --issue")
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2: quartiles need two values")
+    if arguments.write and not has_markers(arguments.write):
+        parser.error(f"--write {arguments.write} must be a page with the lines '{BEGIN}' and '{END}'")
+    cases = [(threads, tokens) for tokens in arguments.tokens for threads in arguments.threads]
+    dtypes, clock = arguments.dtype, time.process_time if arguments.cpu_time else time.perf_counter
+    if arguments.issue:
+        cases, dtypes = [(1, "same"), (2, "same"), (1, "new")], list(DTYPES)
+    facts = {**versions(), "cores": str(os.cpu_count()), "rounds": str(arguments.rounds)}
     rows: list[Row] = []
-    for dtype in arguments.dtype:
-        for shape in SHAPES:
-            for row in time_shape(shape, dtype, arguments.rounds):
-                rows.append(row)
-                shares = f"{row.share:.2f} [{row.share_low:.2f}, {row.share_high:.2f}]"
-                label = ", ".join(map(str, row.shape))
-                print(
-                    f"| {label} | {dtype} | {row.threads} | {row.contender} | {shares} | {row.milliseconds:.1f} |",
-                    flush=True,
-                )
+    for threads, tokens in cases:
+        torch.set_num_threads(threads)
+        for dtype in dtypes:
+            peak = facts[f"GFLOP/s {dtype} {threads} threads"] = f"{peak_gigaflops(DTYPES[dtype]):.0f}"
+            print(
+                f"{dtype}, {threads} threads, {tokens} tokens, products of 1024 x 1024 x 1024: {peak} GFLOP/s",
+                flush=True,
+            )
+            for index in arguments.shapes:
+                for row in time_shape(SHAPES[index], dtype, tokens, arguments.rounds, clock):
+                    rows.append(row)
+                    print_row(row)
+    print(" · ".join(f"{key} {value}" for key, value in facts.items()))
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"versions": versions(), "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
-        )
+        content = {"facts": facts, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    if arguments.write:
+        write(arguments.write, rows, facts)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+"""What bench_layer.py measured: its rows, and the tables that it renews in docs/benchmarks.md."""
+
+import datetime
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BEGIN, END = "<!-- bench_layer begin -->", "<!-- bench_layer end -->"
+
+
+class Ratio(NamedTuple):
+    """Median and quartiles over rounds."""
+
+    low: float
+    middle: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.middle:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one shape."""
+
+    shape: tuple[int, ...]
+    """(T, D, F, E, K)."""
+    dtype: str
+    threads: int
+    tokens: str
+    contender: str
+    share: Ratio
+    """Its speed as a share of the dense layer's."""
+    ours: Ratio
+    """Our speed as a multiple of its own."""
+    milliseconds: float
+
+
+def ratios(numerator: list[float], denominator: list[float]) -> Ratio:
+    """Quotients of what was measured in the same round."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(numerator, denominator, strict=True)], n=4)
+    return Ratio(low, middle, high)
+
+
+def print_row(row: Row) -> None:
+    """One line for people."""
+    label = ", ".join(map(str, row.shape))
+    print(
+        f"  {label:22} {row.contender:24} {row.share!s:20} of dense speed · ours is {row.ours!s:20} times as fast · "
+        f"{row.milliseconds:.1f} ms",
+        flush=True,
+    )
+
+
+def best_peer(rows: list[Row]) -> Row:
+    """The fastest of transformers' implementations at one shape."""
+    return max((row for row in rows if row.contender.startswith("transformers")), key=lambda row: row.share.middle)
+
+
+def geometric_mean(rows: list[Row]) -> float:
+    """Of our speed over the best peer's, over shapes and types."""
+    groups = _groups(rows, lambda row: (row.dtype, row.shape))
+    return math.exp(statistics.fmean(math.log(best_peer(group).ours.middle) for _, group in groups))
+
+
+def _groups(rows: list[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
+    return [(name, list(group)) for name, group in groupby(rows, key)]
+
+
+def table(rows: list[Row]) -> list[str]:
+    """A line per type and shape, of one number of threads and one kind of tokens."""
+    lines = [
+        "| type | T, D, F, E, K | ours | products alone | transformers grouped_mm | transformers eager | ours / their best |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (dtype, shape), group in _groups(rows, lambda row: (row.dtype, row.shape)):
+        by_name = {row.contender: row.share for row in group}
+        shares = [by_name[name] for name in ("ours", "products", "transformers grouped_mm", "transformers eager")]
+        cells = [dtype, ", ".join(map(str, shape)), *map(str, shares), str(best_peer(group).ours)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def tables(rows: list[Row], facts: dict[str, str]) -> str:
+    """All tables, each with what it was measured on and the geometric mean."""
+    lines = [
+        f"{datetime.date.today().isoformat()}. " + " · ".join(f"{key} {value}" for key, value in facts.items()),
+        "",
+    ]
+    for (threads, tokens), group in _groups(rows, lambda row: (row.threads, row.tokens)):
+        plural = "s" if threads > 1 else ""
+        lines += [
+            f"### {threads} thread{plural}, {'the same tokens' if tokens == 'same' else 'new tokens'} in every round",
+            "",
+        ]
+        lines += [
+            *table(group),
+            "",
+            f"Ours over transformers' best, geometric mean of the table: {geometric_mean(group):.2f}.",
+            "",
+        ]
+    same = [row for row in rows if row.tokens == "same"]
+    if len({row.threads for row in same}) > 1:
+        means = [geometric_mean(group) for _, group in _groups(same, lambda row: row.threads)]
+        mean = math.exp(statistics.fmean(math.log(value) for value in means))
+        lines += [f"Over both tables with the same tokens: {mean:.2f}.", ""]
+    return "\n".join(lines)
+
+
+def has_markers(page: Path) -> bool:
+    """Whether there is a place to write to."""
+    return page.is_file() and BEGIN in page.read_text() and END in page.read_text()
+
+
+def write(page: Path, rows: list[Row], facts: dict[str, str]) -> None:
+    """Renew what stands between the markers of a page that has them."""
+    before, rest = page.read_text().split(BEGIN, 1)
+    page.write_text(f"{before}{BEGIN}\n\n{tables(rows, facts)}\n{END}{rest.split(END, 1)[1]}")
