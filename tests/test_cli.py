@@ -218,15 +218,15 @@ def test_a_comparison_without_a_folder_gets_one_by_its_recipe(recipe_name, folde
 def test_report_prints_where_the_report_is(tmp_path, monkeypatch, capsys):
     calls = []
 
-    def build(folders, out):
-        calls.append((folders, out))
+    def build(folders, out, past):
+        calls.append((folders, out, past))
         return folders[0] / "report.html"
 
     monkeypatch.setattr(import_module("moe.analysis.report"), "build_report", build)
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
-    assert main(["report", str(tmp_path), "b", "--out", "c"]) == 0
-    assert calls == [([tmp_path], None), ([tmp_path, Path("b")], Path("c"))]
+    assert main(["report", str(tmp_path), "b", "--out", "c", "--past", "d.csv"]) == 0
+    assert calls == [([tmp_path], None, None), ([tmp_path, Path("b")], Path("c"), Path("d.csv"))]
 
 
 # --------------------------------------------------------------------------------------------------------- exit codes

@@ -7,15 +7,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import curve_files
 import fake_runs
 import pytest
 from matplotlib.figure import Figure
 from test_report_page import check_figures
 
 from moe import cost
+from moe.analysis.gain_watch import forecast_folder
 from moe.analysis.report import build_report, runs
 from moe.analysis.report.loads import MOST_CELLS
 from moe.config.load import dump
+from moe.config.schema import Forecast
 from moe.errors import UserError
 from recipes.smoke import run as smoke
 
@@ -180,6 +183,25 @@ def test_gain_at_equal_time_reads_the_other_curve_where_it_is_by_then(tmp_path):
     assert late["steps"] == [
         step for step in gain["axes"]["tokens"]["steps"] if 2 * step <= 40
     ]  # dense ends at half the time
+
+
+def test_a_forecast_that_no_run_logged_is_made_from_past_runs(tmp_path):
+    past = curve_files.write(tmp_path / "past.csv", curve_files.rows(noise=0.001, shape=0.02, kind=(2, 1.0)))
+    sparse = dump(smoke())
+    dense = json.loads(json.dumps(sparse)) | {"model": sparse["model"] | {"moe": None}}
+    folders = [
+        fake_runs.write_run(tmp_path / "d", dense, bits=2.8, rows=64),
+        fake_runs.write_run(tmp_path / "s", sparse, bits=2.7, rows=64, layers=2),
+    ]
+    report = report_of(build_report(folders, past=past).parent)
+    (one,) = report["charts"]["forecasts"]
+    made = forecast_folder(folders[1], folders[0], Forecast(past=str(past)))
+    assert one["looks"]["low"] == pytest.approx([made["low"]] * (1 + len(made["looks"])), rel=1e-5)
+    assert one["looks"]["share"][:2] == pytest.approx([0.08, made["looks"][0]["progress"]])
+    assert one["final"] == pytest.approx(0.1 * math.log(2), abs=1e-4)
+    assert "at 8% of training its final gain was forecast in [" in one["sentence"]
+    assert build_report(folders).exists()
+    assert report_of(tmp_path / "report")["charts"]["forecasts"] == []
 
 
 def test_runs_that_cannot_be_compared_say_so(tmp_path):

@@ -128,9 +128,13 @@ def report(
             metavar="DIR", help="where to write; by default the folder itself, of several: report/ beside the first"
         ),
     ] = None,
+    past: Annotated[
+        Path | None,
+        typer.Option(metavar="CSV", help="past runs (moe forecast collect), for forecasts that no run logged"),
+    ] = None,
 ) -> None:
     """Write the report of a comparison, of a run, or of any runs side by side, from their files alone; runs may be unfinished."""
-    typer.echo(lazy("moe.analysis.report", "build_report")(folders, out))
+    typer.echo(lazy("moe.analysis.report", "build_report")(folders, out, past))
 
 
 @app.command()

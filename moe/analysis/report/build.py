@@ -13,33 +13,34 @@ from moe.errors import UserError
 from moe.files import write_text
 
 
-def build_report(folders: Path | Sequence[Path], out: Path | None = None) -> Path:
+def build_report(folders: Path | Sequence[Path], out: Path | None = None, past: Path | None = None) -> Path:
     """Write plots/, report.json and report.html; returns the path of report.html.
 
     One folder of a comparison or a run is reported where it lies, unless `out` is given; several are runs, or comparisons whose
-    runs are taken, and `out` is by default the folder `report` beside the first. Raises UserError for files that are missing or
+    runs are taken, and `out` is by default the folder `report` beside the first. `past` is a file of past runs (moe forecast
+    collect) for the forecasts that no run logged. Raises UserError for files that are missing or
     malformed, and for comparisons that are not finished.
     """
     given = [folders] if isinstance(folders, Path) else list(dict.fromkeys(folders))
     if not given:
         raise UserError("a report needs the folder of a run or a comparison: moe report runs/quickstart-compare")
     if len(given) == 1:
-        report = _one(given[0], out or given[0])
+        report = _one(given[0], out or given[0], past)
         out = out or given[0]
     else:
         runs = [run for folder in given for run in _runs_of(folder)]
         out = out or given[0].parent / "report"
         _require_free(out, given)
-        report = runs_report(runs, out)
+        report = runs_report(runs, out, past)
     report = finite({"schema_version": 1, **report})
     write_text(out / "report.json", as_text(report))
     write_text(out / "report.html", render(report))
     return out / "report.html"
 
 
-def _one(folder: Path, out: Path) -> Json:
+def _one(folder: Path, out: Path, past: Path | None) -> Json:
     if (folder / "compare.json").exists():
-        return comparison_report(folder, out)
+        return comparison_report(folder, out, past)
     if (folder / "run.json").exists():
         return run_report(folder, out)
     raise UserError(

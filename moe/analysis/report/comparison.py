@@ -22,7 +22,7 @@ COMPARISON = {"contract": (str,), "seeds": (list,), "arms": (dict,)}
 TIMING = {"sparse": (list,), "dense": (list,)}
 
 
-def comparison_report(directory: Path, out: Path) -> Json:
+def comparison_report(directory: Path, out: Path, past: Path | None = None) -> Json:
     """The report of a comparison directory, its plots written to `out`.
 
     Raises UserError if files are missing, malformed, or of unfinished runs.
@@ -88,7 +88,7 @@ def comparison_report(directory: Path, out: Path) -> Json:
         "twin_notes": words.twin_notes(record, summaries),
         "command": record.get("command", ""),
         "environment": words.environment(arms["sparse"][0], seeds),
-        "charts": charts(drawn, [(drawn[0], other) for other in drawn[1:]], jobs),
+        "charts": charts(drawn, [(drawn[0], other) for other in drawn[1:]], jobs, past),
     }
 
 

@@ -1,12 +1,16 @@
-"""Forecasts that were made while a run trained, against what came of it: the rows of forecast.jsonl, read tolerantly."""
+"""Forecasts of final gains against what came: the rows of forecast.jsonl, read tolerantly, or made afterwards."""
 
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
+from moe.analysis.gain_watch import learn_for, watch
 from moe.analysis.report.curves import brief
 from moe.analysis.report.words import signed
 from moe.analysis.rows import NUMBER, Json, RunRows
+from moe.config.load import load
+from moe.config.schema import Forecast
 
 
 def forecast_rows(run: RunRows) -> list[Json]:
@@ -28,12 +32,27 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, NUMBER) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
-def forecast_chart(run: RunRows, twin: RunRows | None) -> Json | None:
+def forecast_from(past: Path, run: RunRows, twin: RunRows) -> list[Json]:
+    """What the trainer would have logged with that file of past runs: the anchor and every look after it.
+
+    Raises UserError for a file that does not suffice, and runs that are no pair or not far enough.
+    """
+    config = load(run.config)
+    given = Forecast(past=str(past))
+    found = watch(config, given, learn_for(config, given), run.path, twin.path)
+    shared = {name: found[name] for name in ("low", "high", "forecast", "false_alarm_rate")}
+    looks = [(found["anchor"], found["gain_at_anchor"]), *((look["progress"], look["gain"]) for look in found["looks"])]
+    alarm = math.inf if found["alarm"] is None else found["alarm"]
+    return [{"share": s, "gain": g, "alarm": alarm if s >= alarm else None, **shared} for s, g in looks]
+
+
+def forecast_chart(run: RunRows, twin: RunRows | None, past: Path | None = None) -> Json | None:
     """A run's forecasts of its final gain and the gains that came, in nats per token; None where none was made.
 
-    The gains are those over `twin` where both were evaluated; without a twin, those that the forecast's own rows logged.
+    The gains are those over `twin` where both were evaluated; without a twin, those that the forecast's own rows logged. Where
+    none was logged, `past` is a file of past runs to make it from now.
     """
-    rows = forecast_rows(run)
+    rows = forecast_rows(run) or (forecast_from(past, run, twin) if past is not None and twin is not None else [])
     came = _gains(run, twin) if twin is not None else []
     came = came or [(row["share"], gain) for row in rows if (gain := _number(row.get("gain"))) is not None]
     if not rows or not came:

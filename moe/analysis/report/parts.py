@@ -22,11 +22,11 @@ NOT_SETTINGS = ("name", "seed", "logging.promise")
 """Of a run's config, what differs between seeds or by the comparison's own doing."""
 
 
-def charts(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]], jobs: int = 1) -> Json:
+def charts(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]], jobs: int = 1, past: Path | None = None) -> Json:
     """Everything that the page draws: curves, paired gains of the first over the second of each pair, forecasts, heat maps."""
     budgets = budgets_of(arms, jobs)
     gains = [paired_gains(of, over, budgets) for of, over in pairs]
-    forecasts = [forecast_chart(run, _twin(run, of, pairs)) for of in arms if of.sparse for run in of.runs]
+    forecasts = [forecast_chart(run, _twin(run, of, pairs), past) for of in arms if of.sparse for run in of.runs]
     return {
         **curves(arms, budgets),
         "gains": [one for one in gains if one is not None],

@@ -49,7 +49,7 @@ def run_report(folder: Path, out: Path) -> Json:
     }
 
 
-def runs_report(folders: Sequence[Path], out: Path) -> Json:
+def runs_report(folders: Sequence[Path], out: Path, past: Path | None = None) -> Json:
     """The report of several runs: those that differ in the seed only are one arm, and the others are held against the first."""
     runs = [read_so_far(folder) for folder in folders]
     arms, summaries = [], []
@@ -90,7 +90,7 @@ def runs_report(folders: Sequence[Path], out: Path) -> Json:
         "settings": config_table(arms),
         "command": "moe report " + shlex.join(str(folder) for folder in folders),
         "environment": words.environment(first.runs[0], [run.config["seed"] for run in first.runs]),
-        "charts": charts(arms, [(arm, first) for arm in others]),
+        "charts": charts(arms, [(arm, first) for arm in others], past=past),
     }
 
 
