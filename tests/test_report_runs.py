@@ -223,6 +223,17 @@ def test_the_runs_of_comparisons_can_be_taken_apart(tmp_path):
     assert {arm["name"]: arm["seeds"] for arm in report["arms"]} == {
         name: [0, 1, 2] for name in ("dense", "two/dense", "sparse", "two/sparse")
     }
+    labels = [heat["run"] for heat in report["charts"]["heat"]]
+    assert labels == [f"{arm}, seed {seed}" for arm in ("sparse", "two/sparse") for seed in range(3)]
+
+
+def test_a_gain_is_not_held_against_a_twin_of_another_length(tmp_path):
+    for name, steps in (("short", 40), ("long", 80)):
+        write(tmp_path / name / "dense", 2.8, sparse=False, steps=steps)
+        fake_runs.write_forecast(write(tmp_path / name / "sparse", 2.7, steps=steps))
+    folders = [tmp_path / name / arm for arm in ("dense", "sparse") for name in ("short", "long")]
+    forecasts = report_of(build_report(folders, tmp_path / "out").parent)["charts"]["forecasts"]
+    assert [one["final"] for one in forecasts] == pytest.approx([0.1 * math.log(2)] * 2, abs=1e-4)
 
 
 @pytest.mark.parametrize(

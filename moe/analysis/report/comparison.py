@@ -76,7 +76,7 @@ def comparison_report(directory: Path, out: Path, past: Path | None = None) -> J
         "speed": words.speed_notes(timed),
         "routing": health,
         "routing_notes": words.routing_notes(health),
-        "doctor": doctors(arms["sparse"]),
+        "doctor": doctors(drawn),
         "differences": [
             {"field": name, "sparse": s, "dense": d}
             for name, s, d in differences(arms["sparse"][0].config, arms["dense"][0].config)

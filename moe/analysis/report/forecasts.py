@@ -46,7 +46,7 @@ def forecast_from(past: Path, run: RunRows, twin: RunRows) -> list[Json]:
     return [{"share": s, "gain": g, "alarm": alarm if s >= alarm else None, **shared} for s, g in looks]
 
 
-def forecast_chart(run: RunRows, twin: RunRows | None, past: Path | None = None) -> Json | None:
+def forecast_chart(label: str, run: RunRows, twin: RunRows | None, past: Path | None = None) -> Json | None:
     """A run's forecasts of its final gain and the gains that came, in nats per token; None where none was made.
 
     The gains are those over `twin` where both were evaluated; without a twin, those that the forecast's own rows logged. Where
@@ -61,13 +61,12 @@ def forecast_chart(run: RunRows, twin: RunRows | None, past: Path | None = None)
     final, alarm = came[-1][1] if whole else None, _alarm(run, rows)
     looks = {name: [_number(row.get(name)) for row in rows] for name in ("share", "low", "high", "forecast")}
     return {
-        "run": run.path.name,
-        "seed": run.config["seed"],
+        "run": label,
         "looks": {name: brief([math.nan if v is None else v for v in values]) for name, values in looks.items()},
         "came": {"share": brief([share for share, _ in came]), "gain": brief([gain for _, gain in came])},
         "final": None if final is None else brief([final])[0],
         "alarm": alarm,
-        "sentence": f"{run.path.name}: {_forecast_words(rows, final)}; {_alarm_words(rows, alarm)}.",
+        "sentence": f"{label}: {_forecast_words(rows, final)}; {_alarm_words(rows, alarm)}.",
     }
 
 

@@ -20,22 +20,22 @@ BALANCE = {
 }
 
 
-def heat_maps(runs: Sequence[RunRows]) -> list[Json]:
-    """Of each run with experts: load in per cent of the ideal share, [moment][layer][expert], and balance by [layer][moment].
+def heat_maps(runs: Sequence[tuple[str, RunRows]]) -> list[Json]:
+    """Of each (label, run) with experts: load in per cent of the ideal, [moment][layer][expert], and balance, [layer][moment].
 
     Layers with fewer experts than others end in nulls.
     """
-    sparse = [run for run in runs if run.routing]
-    cells = sum(len(run.layers) * _experts(run) for run in sparse)
+    sparse = [(label, run) for label, run in runs if run.routing]
+    cells = sum(len(run.layers) * _experts(run) for _, run in sparse)
     moments = max(2, min(MOST_MOMENTS, MOST_CELLS // max(cells, 1)))
-    return [_heat_map(run, moments) for run in sparse]
+    return [_heat_map(label, run, moments) for label, run in sparse]
 
 
 def _experts(run: RunRows) -> int:
     return max(len(row["counts"]) for row in run.routing)
 
 
-def _heat_map(run: RunRows, most: int) -> Json:
+def _heat_map(label: str, run: RunRows, most: int) -> Json:
     layers = by_layer(run)
     steps = sorted(set.intersection(*({row["step"] for row in rows} for rows in layers.values())))
     groups = np.array_split(np.array(steps, int), min(most, len(steps))) if steps else []
@@ -52,8 +52,7 @@ def _heat_map(run: RunRows, most: int) -> Json:
             lines.append(brief([np.mean(np.array(group, float)) for group in values]))
     measures = [{"name": n, "title": title, "lines": balance[n]} for n, title in BALANCE.items() if _logged(balance[n])]
     return {
-        "run": run.path.name,
-        "seed": run.config["seed"],
+        "run": label,
         "layers": list(layers),
         "experts": experts,
         "steps": [round(float(group.mean())) for group in groups],

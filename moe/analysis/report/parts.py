@@ -26,20 +26,25 @@ def charts(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]], jobs: int = 1,
     """Everything that the page draws: curves, paired gains of the first over the second of each pair, forecasts, heat maps."""
     budgets = budgets_of(arms, jobs)
     gains = [paired_gains(of, over, budgets) for of, over in pairs]
-    forecasts = [forecast_chart(run, _twin(run, of, pairs), past) for of in arms if of.sparse for run in of.runs]
+    sparse = [(arm.label(run), run) for arm in arms if arm.sparse for run in arm.runs]
+    forecasts = [forecast_chart(label, run, _twin(run, arms), past) for label, run in sparse]
     return {
         **curves(arms, budgets),
         "gains": [one for one in gains if one is not None],
         "forecasts": [one for one in forecasts if one is not None],
-        "heat": heat_maps([run for arm in arms if arm.sparse for run in arm.runs]),
+        "heat": heat_maps(sparse),
     }
 
 
-def _twin(run: RunRows, arm: Arm, pairs: Sequence[tuple[Arm, Arm]]) -> RunRows | None:
-    """The dense run of the same seed that an arm is paired with first."""
-    others = [b if a is arm else a for a, b in pairs if arm in (a, b)]
-    dense = next((other for other in others if not other.sparse), None)
-    return next((r for r in dense.runs if r.config["seed"] == run.config["seed"]), None) if dense else None
+def _twin(run: RunRows, arms: Sequence[Arm]) -> RunRows | None:
+    """The first dense run of the same seed and length, one beside it rather than another."""
+    dense = [other for arm in arms if not arm.sparse for other in arm.runs]
+    alike = [other for other in dense if _seed_and_steps(other) == _seed_and_steps(run)]
+    return next((r for r in alike if r.path.parent == run.path.parent), next(iter(alike), None))
+
+
+def _seed_and_steps(run: RunRows) -> tuple[int, int]:
+    return run.config["seed"], run.config["train"]["steps"]
 
 
 def config_table(arms: Sequence[Arm]) -> list[Json]:
@@ -73,26 +78,24 @@ def prices(arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]]) -> list[str]:
     return said
 
 
-def doctors(runs: Sequence[RunRows]) -> Json:
+def doctors(arms: Sequence[Arm]) -> Json:
     """What the doctor says of the sparse runs: `findings` (what several share: once), `healthy` runs, `not_examined`."""
     said: Json = {"findings": [], "healthy": [], "early": [], "not_examined": []}
-    for run in runs:
-        if run.config["model"].get("moe") is None:
-            continue
+    for label, run in [(arm.label(run), run) for arm in arms if arm.sparse for run in arm.runs]:
         try:
             history = read_history(run.path)
         except UserError as error:
-            said["not_examined"].append({"run": run.path.name, "why": str(error)})
+            said["not_examined"].append({"run": label, "why": str(error)})
             continue
         found = [finding.as_json() for finding in diagnose(history)]
         if not found:
-            said["early" if history.step <= history.grace else "healthy"].append(run.path.name)
+            said["early" if history.step <= history.grace else "healthy"].append(label)
         for finding in found:
             alike = next((f for f in said["findings"] if _told(f) == _told(finding)), None)
             if alike is None:
-                said["findings"].append(finding | {"runs": [run.path.name]})
+                said["findings"].append(finding | {"runs": [label]})
             else:
-                alike["runs"].append(run.path.name)
+                alike["runs"].append(label)
     return said
 
 

@@ -25,6 +25,10 @@ class Arm:
     tokens_per_second: float | None = None
     """Of an interleaved timing, if there is one."""
 
+    def label(self, run: RunRows) -> str:
+        """A run of this arm, on a page where folders of other arms may have the same name."""
+        return f"{self.name}, seed {run.config['seed']}"
+
     @property
     def sparse(self) -> bool:
         """Whether the model has experts."""

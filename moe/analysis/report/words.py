@@ -17,12 +17,12 @@ STATUS = {
 
 def signed(value: float, decimals: int = 3) -> str:
     """A number with a typographic sign."""
-    return f"{value:+.{decimals}f}".replace("-", "−")
+    return f"{value if abs(value) > 1e-12 else 0.0:+.{decimals}f}".replace("-", "−")
 
 
 def _decimals(*values: float | None) -> int:
     """Decimals that show two digits of the smallest value: 3 to 6."""
-    sizes = [abs(value) for value in values if value]
+    sizes = [abs(value) for value in values if value and abs(value) > 1e-9]
     return min(6, max(3, 1 + math.ceil(-math.log10(min(sizes))))) if sizes else 3
 
 
