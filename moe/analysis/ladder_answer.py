@@ -6,7 +6,7 @@ the scatter of this ladder's own runs around their lines.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +168,18 @@ def line_scatter(ladder: Ladder, size: float, confidence: float) -> float:
         return 0.0
     independent = max(1, min(freedom, 2 * (np.unique(ladder.size_R).size - 2)))
     return float(stats.t.ppf(0.5 + confidence / 2, independent)) * math.sqrt(squares / freedom * leverage)
+
+
+def expected_width(sizes: Sequence[float], size: float, seeds: int, confidence: float) -> tuple[float, float]:
+    """Half-width of the interval before anything is trained: (as a share of the gain, and in deviations of one run's loss).
+
+    The first is what published back-tests missed by, the second the scatter of runs of these sizes around a line.
+    """
+    known, x = OPTIMISM["linear"], np.log(sizes)
+    reach = max(0.0, math.log(size) - x.max())
+    leverage = 1 + 1 / x.size + (math.log(size) - x.mean()) ** 2 / float(np.square(x - x.mean()).sum())
+    t = float(stats.t.ppf(0.5 + confidence / 2, max(1, 2 * (x.size - 2))))
+    return reach * float(np.interp(confidence, known.levels, known.spreads)), t * math.sqrt(2 * leverage / seeds)
 
 
 def multiplier(dense: PowerLaw, compute: float, gain: Json) -> Json:

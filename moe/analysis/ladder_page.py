@@ -27,7 +27,7 @@ HELD = {"line": "line", "less its optimism": "corrected", "as on the rung below"
 
 def count(value: float) -> str:
     """A count with a metric prefix: 1540000 -> 1.54M."""
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for factor, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor * 0.9995:
             return f"{value / factor:.3g}{prefix}"
     return f"{value:.3g}"
@@ -63,6 +63,11 @@ def describe_plan(plan: Json) -> str:
     lines.append(
         f"{plan['runs']} runs ({plan['seeds']} seed(s)), {rule}, {rates}, batch by compute^{plan['rules']['batch_power']:g}; "
         f"{count(plan['flops'])}FLOP, {plan['share']:.2%} of the target run"
+    )
+    expected = plan["expected"]
+    lines.append(
+        f"expect the gain to about ±{expected['of_gain']:.0%} (published back-tests over this distance) and "
+        f"±{expected['of_noise']:.1f} times the deviation of one run's loss over seeds"
     )
     if ratio is None or abs(ratio / target["tokens_per_parameter"] - 1) > 0.05:
         lines.append(

@@ -208,7 +208,7 @@ def ladder_run(
     overrides: OverridesArgument = None,
     widths: Annotated[
         str, typer.Option(metavar="W,W,W", help="sizes of the ladder as shares of the recipe's width")
-    ] = "1/4,1/3,1/2",
+    ] = "1/6,1/4,2/5",
     experts: Annotated[
         str, typer.Option(metavar="E,E,E", help="numbers of experts; else the recipe's own and two beside it")
     ] = "",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moe.analysis.ladder_answer import expected_width
 from moe.config.load import load
 from moe.config.schema import Run
 from moe.cost import train_flops_per_token
@@ -119,12 +120,14 @@ def plan_of(target: Run, ladder: list[Rung], options: Options) -> Json:
     tuning = sum(max(0, len(options.lr_grid) - 1) * row["flops"][DENSE] for row in rows)
     flops = options.seeds * sum(sum(row["flops"].values()) for row in rows) + tuning
     whole = totals(target).flops
+    sizes, size = [rung.size for rung in ladder], active_size(target.model)
+    of_gain, of_noise = expected_width(sizes, size, options.seeds, options.confidence)
     return {
         "target": {
             "name": target.name,
-            "active_parameters": active_size(target.model),
+            "active_parameters": size,
             "tokens": tokens_of(target),
-            "tokens_per_parameter": tokens_of(target) / active_size(target.model),
+            "tokens_per_parameter": tokens_of(target) / size,
             "experts": moe.num_experts,
             "top_k": moe.top_k,
             "flops": whole,
@@ -135,7 +138,8 @@ def plan_of(target: Run, ladder: list[Rung], options: Options) -> Json:
         "runs": sum(len(row["flops"]) for row in rows) * options.seeds + max(0, len(options.lr_grid) - 1) * len(rows),
         "flops": flops,
         "share": flops / whole,
-        "reach": math.log(active_size(target.model) / ladder[-1].size),
+        "reach": math.log(size / ladder[-1].size),
+        "expected": {"of_gain": of_gain, "of_noise": of_noise},
         "lr_grid": list(options.lr_grid),
         "rules": {"rate_power": RATE_POWER, "batch_power": BATCH_POWER, "source": "arXiv 2401.02954, equation 1"},
         "hours": None,

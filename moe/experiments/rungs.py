@@ -20,8 +20,8 @@ EVALUATIONS = 12
 """During a rung's training, besides the final one."""
 MIN_STEPS = 30
 """Below these a rung has hardly left its warm-up."""
-WIDTHS = (1 / 4, 1 / 3, 1 / 2)
-"""Of the default ladder: about 1/64, 1/27 and 1/8 of the target's parameters."""
+WIDTHS = (1 / 6, 1 / 4, 2 / 5)
+"""Of the default ladder: about 1/216, 1/64 and 1/16 of the target's parameters, at 2 or 3 % of its FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ def with_budget(run: Run, target: Run, tokens: float) -> Run:
     length = run.data.sequence_length
     share = tokens * train_flops_per_token(run.model, length) / compute(target)
     batch = max(1, round(target.train.batch_rows * min(1.0, share) ** BATCH_POWER))
-    micro = max(n for n in range(1, min(batch, target.train.micro_rows) + 1) if batch % n == 0)
+    micro = min(batch, target.train.micro_rows)
+    batch = micro * round(batch / micro)
     steps = max(1, round(tokens / (batch * length)))
     ratio = steps / target.train.steps
     schedule = replace(target.train.schedule, warmup_steps=round(target.train.schedule.warmup_steps * ratio))
