@@ -5,6 +5,8 @@ Here: two of [chunk, V]. The gradients of hidden states and of the head are work
 there, because the loss is a sum: backward only scales them. Nothing is computed twice, and T·D + V·D numbers are kept.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -56,3 +58,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient_TD, gradient_VD = ctx.saved_tensors
         scale = scales[0]
         return gradient_TD * scale.to(gradient_TD.dtype), gradient_VD * scale.to(gradient_VD.dtype), None, None, None
+
+
+@dataclass(frozen=True)
+class Soft:
+    """A teacher's logits for a micro-batch, and how much they count."""
+
+    logits_BSV: Tensor
+    temperature: float
+    share: float
+    """Of the divergence in the objective; the rest is cross-entropy."""
+
+    def divergence(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+        """Sum over the tokens with a target of T²·KL(teacher ‖ student) in nats, at temperature T (arXiv 1503.02531, section 2)."""
+        student_BSV = (logits_BSV / self.temperature).log_softmax(-1)
+        teacher_BSV = (self.logits_BSV / self.temperature).log_softmax(-1)
+        far_BS = (teacher_BSV.exp() * (teacher_BSV - student_BSV)).sum(-1)
+        return self.temperature**2 * far_BS.masked_fill(targets_BS == IGNORE, 0.0).sum()

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from moe.attention import GroupedQuery, KeyValue, Latent, RMSNorm, RotaryEmbedding, attention_mask
 from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer, layer_experts
 from moe.init import initialise, off_meta
-from moe.loss import IGNORE, chunked_cross_entropy
+from moe.loss import IGNORE, Soft, chunked_cross_entropy
 from moe.moe_layer import Linear, MoELayer, SwiGLU
 from moe.parallel.exchange import EXCHANGE_COUNTS
 from moe.parallel.ulysses import Ulysses
@@ -142,13 +142,15 @@ class Transformer(nn.Module):
         cache: tuple[KeyValue, ...] | None = None,
         hidden_BSD: Tensor | None = None,
         auxiliary: Tensor | None = None,
+        soft: Soft | None = None,
     ) -> Output:
         """Run the model on ids_BS [B, S] int64.
 
         targets_BS [B, S] (IGNORE for none) asks for the loss: the sum over targets divided by `step_targets`, the number of
         targets of the whole optimizer step (default: of this batch). `replay` has one selection per expert layer. `cache`, one
         entry per layer, holds the tokens before ids_BS and is extended by it. A stage of a pipeline goes on from the hidden
-        states [B, S, D] and the auxiliary losses of the stage before.
+        states [B, S, D] and the auxiliary losses of the stage before. `soft` are a teacher's logits: its divergence enters the
+        objective and is reported among the losses, `loss` stays the cross-entropy.
         """
         past = cache[0].length if cache is not None else 0
         first = past if self.context is None else self.context.first(ids_BS.shape[1])
@@ -180,6 +182,12 @@ class Transformer(nn.Module):
         if targets_BS is None:
             return Output(self._logits(x_BSD), None, losses, None, reports)
         count = step_targets if step_targets is not None else (targets_BS != IGNORE).sum()
+        if soft is not None:
+            logits_BSV = self._logits(x_BSD)
+            loss = cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum")
+            loss, far = loss / count.clamp(min=1), soft.divergence(logits_BSV, targets_BS) / count.clamp(min=1)
+            objective = (1 - soft.share) * loss + soft.share * far + weighted
+            return Output(None, loss, {**losses, "distil": far.detach()}, objective, reports)
         loss = self._sum_of_losses(x_BSD.flatten(0, 1), targets_BS.flatten()) / count.clamp(min=1)
         return Output(None, loss, losses, loss + weighted, reports)
 

@@ -115,6 +115,7 @@ def routed(lab: Lab, run: Run) -> Any:
 
 EVALUATED = ("train.steps=10", "evaluation.every_steps=1", "evaluation.fresh_rows=1")
 FORECAST = (*EVALUATED, lambda lab: f"forecast.dense={twin(lab)}")
+TAUGHT = (lambda lab: f"train.distil={typed({'teacher': twin(lab)})}",)
 LEARNT = (*FORECAST, lambda lab: f"forecast.past={past_file(lab)}")
 
 Value = Any | Callable[[Lab], Any]
@@ -168,6 +169,11 @@ def past_file(lab: Lab) -> str:
 def twin(lab: Lab) -> str:
     """The dense twin of the tiny run, trained over the steps of FORECAST."""
     return str(lab.train(lab.run("model.moe=null", *EVALUATED)).folder)
+
+
+def other_twin(lab: Lab) -> str:
+    """A dense model of another width."""
+    return str(lab.train(lab.run("model.moe=null", "model.ffn_hidden=40")).folder)
 
 
 def lines(words: str, field: str = "text") -> str:
@@ -487,6 +493,10 @@ EFFECTS: dict[str, Effect] = {
     "train.precision": Effect(losses, "float32", "bfloat16"),
     "train.compile": Effect(calls, False, True),
     "train.activation_checkpointing": Effect(kept_bytes, False, True),
+    "train.distil": Effect(losses, None, lambda lab: {"teacher": twin(lab)}),
+    "train.distil.teacher": Effect(losses, twin, other_twin, TAUGHT),
+    "train.distil.temperature": Effect(losses, 1.0, 3.0, TAUGHT),
+    "train.distil.share": Effect(losses, 0.5, 1.0, TAUGHT),
     "train.loss_chunk": Effect(kept_bytes, 0, 8),
     "train.device": Effect(place, "cpu", "cuda"),
     "train.threads": Effect(threads, 1, 2),

@@ -86,6 +86,24 @@ def upcycle(
 
 
 @app.command()
+def distil(
+    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="folder of a trained run, sparse as a rule")],
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the student's run")],
+    overrides: OverridesArgument = None,
+    temperature: Annotated[float, typer.Option(help="divides both models' logits")] = 1.0,
+    share: Annotated[float, typer.Option(help="of the divergence in the loss; the rest is cross-entropy")] = 0.5,
+    plain: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="the same model trained on text alone, to compare with")
+    ] = None,
+) -> None:
+    """Train a model on another's probabilities and report how much of its gain is retained; 'moe resume' goes on."""
+    module = import_module("moe.surgery.distil")
+    receipt = module.distil(teacher, recipe, out, overrides or [], temperature=temperature, share=share, plain=plain)
+    typer.echo(module.describe(receipt, out))
+
+
+@app.command()
 def prune(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a sparse run")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the pruned run")],

@@ -36,6 +36,7 @@ def check(run: Run) -> None:
         *_schedule(run),
         *_muon(run),
         *_saving(run),
+        *_distil(run),
         *_replay(run),
         *_forecast(run),
     ]
@@ -284,6 +285,22 @@ def _muon(run: Run) -> Iterator[str]:
         yield (
             f"train.optimizer 'muon' updates whole matrices, and parallel.{cut} ({cuts[cut]}) cuts them: "
             f"use parallel.{cut}=1 or train.optimizer=adamw"
+        )
+
+
+def _distil(run: Run) -> Iterator[str]:
+    if run.train.distil is None:
+        return
+    cut = next((name for name in ("pipeline", "context") if getattr(run.parallel, name) > 1), "")
+    if cut:
+        yield (
+            f"train.distil computes the teacher on whole rows on every rank, and parallel.{cut} "
+            f"({getattr(run.parallel, cut)}) cuts them or the model: use parallel.{cut}=1"
+        )
+    if run.train.loss_chunk:
+        yield (
+            f"train.distil compares all logits of a micro-batch, and train.loss_chunk ({run.train.loss_chunk}) computes a part "
+            "at a time: use train.loss_chunk=0, and fewer train.micro_rows for less memory"
         )
 
 

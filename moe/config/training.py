@@ -88,6 +88,18 @@ Schedule = Annotated[Cosine | Wsd, Discriminator("name")]
 
 
 @config
+class Distil:
+    """Learning from a trained model's probabilities beside the text (Hinton et al. 2015, arXiv 1503.02531)."""
+
+    teacher: str
+    """Folder of the teacher's run; its newest checkpoint is read when a run starts or resumes."""
+    temperature: PositiveFloat = 1.0
+    """Divides both models' logits; the divergence is multiplied by its square, which keeps the gradient's size."""
+    share: Annotated[float, Gt(0), Le(1)] = 0.5
+    """Share of the divergence in what is minimised; the rest is cross-entropy."""
+
+
+@config
 class Train:
     """The optimisation loop."""
 
@@ -111,6 +123,8 @@ class Train:
     """Keep only block inputs and the routing decision; recompute the rest in backward."""
     loss_chunk: NonNegativeInt = 0
     """Tokens whose logits exist at once while the loss is computed, whatever the vocabulary; 0 for all of a micro-batch."""
+    distil: Distil | None = None
+    """Learn from a teacher, or none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes an accelerator if there is one."""
     threads: Annotated[int, Ge(0), Le(4096)] = 0

@@ -23,6 +23,7 @@ from moe.optim import build_optimizer, clip, gradient_norm
 from moe.parallel import Ranks
 from moe.parallel.pipeline import Pipeline, gather_stages
 from moe.routing import Selection, Tokens
+from moe.train.distil import Teacher
 from moe.train.finite import Finite
 from moe.train.replay import Recorder, Replayer
 from moe.train.sharding import build_model, sum_gradients
@@ -45,6 +46,8 @@ class State:
     replayer: Replayer | None = None
     pipeline: Pipeline | None = field(init=False, default=None)
     """Set where the model's blocks are on several ranks."""
+    teacher: Teacher | None = None
+    """Whose probabilities the run learns from, beside the text."""
     loss_names: tuple[str, ...] | None = field(init=False, default=None)
     """Auxiliary losses of all stages, agreed upon in the first step."""
 
@@ -78,7 +81,8 @@ def build_state(run: Run, ranks: Ranks, corpus: Corpus) -> State:
     train = run.train
     model = build_model(run, ranks)
     forward = torch.compile(model, fullgraph=True) if train.compile else model
-    return State(run, ranks, corpus, model, forward, build_optimizer(model, train.optimizer))
+    teacher = Teacher(train.distil, run, ranks.device) if train.distil is not None else None
+    return State(run, ranks, corpus, model, forward, build_optimizer(model, train.optimizer), teacher=teacher)
 
 
 def micro_ranges(run: Run, ranks: Ranks) -> list[range]:
@@ -202,7 +206,10 @@ def forward(state: State, batch: Batch, tokens: Tokens, **loss: Any) -> Output:
         every = state.replayer.selections(int(tokens.step), batch.row_B, batch.ids_BS.shape[1], state.ranks.device)
         here = {layer for layer, _ in state.model.moe_layers()}
         replay = tuple(one for layer, one in zip(moe_layers(state.run.model), every, strict=True) if layer in here)
-    return state.forward(batch.ids_BS.to(state.ranks.device), tokens=tokens, replay=replay, **loss)
+    ids_BS = batch.ids_BS.to(state.ranks.device)
+    if state.teacher is not None and "targets_BS" in loss:
+        loss["soft"] = state.teacher(ids_BS, tokens)
+    return state.forward(ids_BS, tokens=tokens, replay=replay, **loss)
 
 
 def _outputs(state: State, batches: list[Batch], inputs: list[Tokens], targets: Tensor, step: int) -> list[Output]:
