@@ -18,6 +18,11 @@ const faint = (colour, share) => colour + Math.round(255 * share).toString(16).p
 const armIndex = (name) => figures.arms.findIndex((arm) => arm.name === name);
 const onDark = () => !printing && matchMedia("(prefers-color-scheme: dark)").matches;
 const styleOf = (index) => ({ colour: (onDark() ? COLOURS_ON_DARK : COLOURS)[index % COLOURS.length], dash: DASHES[index % DASHES.length] });
+// From blue to yellow in brightness too, so that layers keep their order for every eye.
+function ramp(share) {
+  const ends = onDark() ? [[70, 130, 230], [254, 232, 56]] : [[0, 34, 110], [214, 178, 0]];
+  return `rgb(${ends[0].map((from, i) => Math.round(from + share * (ends[1][i] - from))).join(",")})`;
+}
 const axisOf = (name) => figures.axes.find((axis) => axis.name === name);
 const said = (name, words) => { document.getElementById("note-" + name).textContent = words; };
 
@@ -168,7 +173,7 @@ function drawBalance() {
   const many = one.layers.length > COLOURS.length;
   const traces = measure.lines.map((values, i) => {
     const { colour, dash } = styleOf(i), t = i / Math.max(one.layers.length - 1, 1);
-    const own = many ? `hsl(${Math.round(220 - 180 * t)} 65% 48%)` : colour;
+    const own = many ? ramp(t) : colour;
     return line(one.steps, values, `layer ${one.layers[i]}`, own, many ? "solid" : dash,
       { line: { color: own, dash: many ? "solid" : dash, width: many ? 1.2 : 2 }, showlegend: !many || i === 0 || i === one.layers.length - 1 });
   });
