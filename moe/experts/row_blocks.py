@@ -3,6 +3,7 @@
 A product per expert is not to be avoided, but a gather, an activation and a sum per expert are: experts of one width that follow
 each other share them, as many as fit into `BLOCK_ELEMENTS` (a megabyte of float32, what a core's own cache holds). Scratch
 of that size also stays mapped: fresh memory of the size of all rows costs more in page faults than the passes over it.
+Sums over tokens are torch's bag of embeddings, one pass with the weights in it, while all rows are few (`TokenSums`).
 
 Types of 16 bits on a CPU multiply by kernels that oneDNN compiles for each shape: 0.8 to 3 ms for every row count it has not
 met, where the product takes 0.2 ms, and the counts of a routing are new at every step (docs/benchmarks.md). So their products
@@ -20,6 +21,8 @@ from torch import Tensor
 
 BLOCK_ELEMENTS = 2**18
 """Rows times columns of a block with more than one expert, at most."""
+SUM_ELEMENTS = 2**22
+"""Rows times columns that `TokenSums` holds at once, at most: more of them would cost more in page faults than they save."""
 
 
 class Span(NamedTuple):
@@ -124,3 +127,48 @@ def clear(buffers: Sequence[Tensor], span: Span, lead: int) -> None:
     """Make a span's last rows zero, because the next one's `sum_over_rows` may run over them."""
     for whole in buffers if lead else ():
         whole[span.end : span.end + lead].zero_()
+
+
+class TokenSums:
+    """Sums of rows per token: of all rows at once in one pass, on a CPU and up to SUM_ELEMENTS, otherwise a block at a time.
+
+    Sums are in float32 or wider.
+    """
+
+    def __init__(self, x_TD: Tensor, token_P: Tensor, blocks: list[Block], scratch: Scratch):
+        self._like_TD, self._scratch = x_TD, scratch
+        (T, D), rows = x_TD.shape, blocks[-1].end if blocks else 0
+        self._token_P = token_P[:rows]
+        self._weights: list[Tensor] = []
+        self._at_once = x_TD.device.type == "cpu" and 0 < rows * D <= SUM_ELEMENTS
+        if self._at_once:
+            self._rows_PD = x_TD.new_empty(rows + scratch.lead, D)
+        else:
+            self._sum_TD = x_TD.new_zeros(T, D, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+
+    def rows(self, block: Block) -> Tensor:
+        """Where the rows of a block go, and some spare ones after them."""
+        if self._at_once:
+            return self._rows_PD[block.start :]
+        return self._scratch.body("rows to sum", block.rows, self._like_TD.shape[1])
+
+    def add(self, block: Block, scale: Tensor | None) -> None:
+        """Count what stands in `rows(block)`, times `scale` [rows, 1]; with a scale in every block or in none."""
+        if self._at_once:
+            self._weights += [] if scale is None else [scale]
+            return
+        rows = self.rows(block)[: block.rows]
+        rows = rows if scale is None else rows.mul_(scale)
+        self._sum_TD.index_add_(0, self._token_P[block.start : block.end], rows.to(self._sum_TD.dtype))
+
+    def total(self) -> Tensor:
+        """[T, D] in x's type."""
+        if not self._at_once:
+            return self._sum_TD.to(self._like_TD.dtype)
+        order = self._token_P.argsort(stable=True)
+        counts_T = torch.bincount(self._token_P, minlength=self._like_TD.shape[0])
+        bounds_T1 = torch.nn.functional.pad(counts_T.cumsum(0), (1, 0))
+        weights = torch.cat(self._weights).flatten().index_select(0, order) if self._weights else None
+        return torch.nn.functional.embedding_bag(
+            order, self._rows_PD, bounds_T1, mode="sum", per_sample_weights=weights, include_last_offset=True
+        )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe.experts.row_blocks import Block, Scratch, blocks_of, clear, multiply, sum_over_rows
+from moe.experts.row_blocks import Block, Scratch, TokenSums, blocks_of, clear, multiply, sum_over_rows
 from moe.routing import Dispatch
 from moe_triton.block_sparse import PackedExperts
 
@@ -59,10 +59,9 @@ def _forward(
     on_input: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    y_TD = torch.zeros(x_TD.shape, dtype=sum_dtype, device=x_TD.device)
     blocks = blocks_of(x_TD, offsets_E1, widths)
     matrices, scratch = _matrices(w_gate, w_up, w_down, widths), Scratch(x_TD, blocks)
+    sums = TokenSums(x_TD, token_P, blocks, scratch)
     shape = (token_P.shape[0] if keep else 0, max(widths))
     # what no row fills, because it goes nowhere or meets a narrow expert, is zeros: no uninitialised memory is ever saved
     used = sum(block.rows * block.width for block in blocks)
@@ -81,17 +80,15 @@ def _forward(
             first += n * block.width
         else:
             gate, up = (scratch.body(name, n, block.width) for name in ("gate", "up"))
-        hidden, out = scratch.body("hidden", n, block.width), scratch.body("out", n, x_TD.shape[1])
+        hidden, out = scratch.body("hidden", n, block.width), sums.rows(block)
         for span in block.spans:
             multiply(x, span, matrices[span.expert][0], gate)
             multiply(x, span, matrices[span.expert][1], up)
         _silu(gate[:n], out=hidden[:n]).mul_(up[:n])
         for span in block.spans:
             multiply(hidden, span, matrices[span.expert][2], out)
-        if not on_input:
-            out[:n].mul_(scale)
-        y_TD.index_add_(0, token, out[:n].to(sum_dtype))
-    return y_TD.to(x_TD.dtype), gate_PF, up_PF
+        sums.add(block, None if on_input else scale)
+    return sums.total(), gate_PF, up_PF
 
 
 @_forward.register_fake
@@ -144,8 +141,6 @@ def _backward(
     widths: Sequence[int],
     on_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    dx_TD = torch.zeros(x_TD.shape, dtype=sum_dtype, device=x_TD.device)
     dweight_P = torch.zeros_like(weight_P)
     blocks = blocks_of(x_TD, offsets_E1, widths)
     dw_gate, dw_up, dw_down = (torch.empty_like(w) for w in (w_gate, w_up, w_down))
@@ -154,6 +149,7 @@ def _backward(
         for gradient in gradients[e]:
             gradient.zero_()
     scratch = Scratch(x_TD, blocks)
+    sums = TokenSums(x_TD, token_P, blocks, scratch)
     lead, first = scratch.lead, 0
     weight_P1 = weight_P.to(x_TD.dtype).unsqueeze(1)
     for block in blocks:
@@ -165,7 +161,7 @@ def _backward(
         hidden, dup, dgate = _hidden_gradients(
             block, scratch, matrices, dy, (gate, up), None if on_input else scale, dweight_P[rows]
         )
-        seen, dx = x, scratch.body("dx", n, x_TD.shape[1])
+        seen, dx = x, sums.rows(block)
         if on_input:
             seen = scratch.whole("seen", n, x_TD.shape[1])
             torch.mul(x[lead : lead + n], scale, out=seen[lead : lead + n])
@@ -183,9 +179,8 @@ def _backward(
                 clear((hidden, dy, seen, dgate, dup), span, lead)
         if on_input:
             torch.sum(dx[:n] * x[lead : lead + n], 1, dtype=dweight_P.dtype, out=dweight_P[rows])
-            dx[:n].mul_(scale)
-        dx_TD.index_add_(0, token, dx[:n].to(sum_dtype))
-    return dx_TD.to(x_TD.dtype), dw_gate, dw_up, dw_down, dweight_P
+        sums.add(block, scale if on_input else None)
+    return sums.total(), dw_gate, dw_up, dw_down, dweight_P
 
 
 @_backward.register_fake
