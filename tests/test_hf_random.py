@@ -93,7 +93,7 @@ def test_a_few_draws_are_equal_or_refused_by_name(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_draws_are_equal_or_refused_by_name(family, tmp_path):
     outcomes = [outcome(family, seed, tmp_path / str(seed)) for seed in range(100, 200)]
-    assert outcomes.count("equal") > (25 if family == "gpt_oss" else 70)
+    assert outcomes.count("equal") > (25 if family == "gpt_oss" else 50)
 
 
 @pytest.mark.full
