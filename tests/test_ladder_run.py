@@ -182,6 +182,32 @@ def test_one_ladder_says_go_or_no_go_as_the_break_even_and_the_tax_have_it(climb
     assert not any(kind == "start" for tries in events[2:] for kind, _ in tries)
 
 
+@pytest.mark.full
+def test_each_size_is_tuned_on_its_dense_run_which_is_then_its_first_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **rest: path.write_bytes(b"\x89PNG"))
+    monkeypatch.setenv("FAKE_EVENTS", str(tmp_path / "events"))
+    monkeypatch.delenv("FAKE_GAIN", raising=False)
+    monkeypatch.setenv("FAKE_MODES", "{}")
+    options = Options(widths=WIDTHS, timing_rounds=2, seeds=2, lr_grid=(0.001, 0.003, 0.01))
+    console, commands = (
+        Console(file=io.StringIO(), width=200),
+        {"train_command": FAKE, "timing_command": (*FAKE, "--timing")},
+    )
+    for _ in range(2):
+        climb(RECIPE, WIDE, tmp_path / "out", options, jobs=3, console=console, **commands)
+    assert (tmp_path / "events").read_text().count('"start"') == 30
+    record = json.loads((tmp_path / "out" / "ladder.json").read_text())
+    # the fake's best rate is 0.003; 3 sizes of 4 arms and 2 seeds, and two more rates each
+    assert record["plan"]["runs"] == 30 == len(list((tmp_path / "out").glob("*/run.json")))
+    rates = {
+        json.loads(path.read_text())["run"]["train"]["optimizer"]["lr"]
+        for path in (tmp_path / "out").glob("*-seed*.json")
+    }
+    assert rates == {0.003}
+    assert {row["run"] for row in record["runs"] if row["experts"] is None} >= {"d40-lr-0.003", "d40-dense-seed101"}
+    assert "the best of 0.001, 0.003, 0.01" in (tmp_path / "out" / "ladder.md").read_text()
+
+
 def test_the_page_the_curves_and_the_share_are_there(climbed, capsys):
     out, *_ = climbed
     page, record = (out / "ladder.md").read_text(), json.loads((out / "ladder.json").read_text())

@@ -35,7 +35,7 @@ from moe.experiments.ladder_plan import (
     planned_run,
     target_of,
 )
-from moe.experiments.planned import TIMING, TRAIN, Planned, find_rate, state_of, time_steps, train
+from moe.experiments.planned import TIMING, TRAIN, Planned, find_rate, time_steps, train
 from moe.experiments.promise import LADDER, config_of
 from moe.experiments.rungs import (
     Rung,
@@ -88,13 +88,13 @@ def climb(
     out.mkdir(parents=True, exist_ok=True)
     own = target.model.moe.num_experts  # type: ignore[union-attr]
     top = ladder[-1]
-    arm = str(own if own in top.sparse else max(experts))
-    sparse, dense = (planned_run(out, top, name, target.seed) for name in (arm, DENSE))
-    for planned in (sparse, dense):
-        state_of(planned)
-        _write_config(planned)
     timed = None
     if options.timing_rounds:
+        arms = {"sparse": str(own if own in top.sparse else max(experts)), "dense": DENSE}
+        # names of their own: the runs' learning rates may not be known yet
+        sparse, dense = (planned_run(out, top, arm, target.seed, label=f"timing-{kind}") for kind, arm in arms.items())
+        for planned in (sparse, dense):
+            _write_config(planned)
         time_steps(out, sparse, dense, options.timing_rounds, timing_command, say, threads=target.train.threads)
         timed = read_json(out / "timing.json", {"sparse": (list,), "dense": (list,)})
         say(estimate_hours(plan, (sparse, dense), timed))
