@@ -5,8 +5,8 @@ each other share them, as many as fit into `BLOCK_ELEMENTS` (a megabyte of float
 of that size also stays mapped: fresh memory of the size of all rows costs more in page faults than the passes over it.
 Sums over tokens are torch's bag of embeddings, one pass with the weights in it, while all rows are few (`TokenSums`).
 
-Types of 16 bits on a CPU multiply by kernels that oneDNN compiles for each shape: 0.8 to 3 ms for every row count it has not
-met, where the product takes 0.2 ms, and the counts of a routing are new at every step (docs/benchmarks.md). So their products
+Types of 16 bits on a CPU multiply by kernels that oneDNN compiles for each shape, which takes about as long as a product of 128
+rows, and the counts of a routing are new at every step (docs/benchmarks.md). So their products
 are over a few rows more than the expert has, up to a multiple of 4 or of about 1/64 of the count. Nothing is padded in memory:
 rows come from the next expert, whose own product then overwrites what they gave; where rows are summed over, they are those of
 the expert before, by then zero.
