@@ -170,6 +170,17 @@ def test_backend_that_was_resolved_is_no_other_setting(start):
     assert "reused" in start(seeds=1)
 
 
+def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default(start):
+    start(seeds=1)
+    path = start.out / "sparse-seed0" / "run.json"
+    header = read(path)
+    assert header["run"]["train"].pop("loss_chunk") == 0
+    path.write_text(json.dumps(header))
+    assert "reused" in start(seeds=1)
+    with pytest.raises(UserError, match=r"train\.loss_chunk is 0 there and 64 here"):
+        start(seeds=1, overrides=["train.loss_chunk=64"])
+
+
 def test_folder_that_is_no_run_is_refused(start):
     (start.out / "sparse-seed0").mkdir(parents=True)
     (start.out / "sparse-seed0" / "thesis.txt").write_text("precious")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from moe.analysis.rows import read_json, read_run
 from moe.analysis.summaries import differences
-from moe.config.load import dump
+from moe.config.load import dump, load
 from moe.config.schema import Run
 from moe.errors import TrainingStopped, UserError
 from moe.experiments.processes import Job, cpu_count, log_tail, run_jobs
@@ -69,9 +69,11 @@ def _different(planned: Planned) -> list[str]:
     """Settings in which the run that is already in the directory differs from the planned one.
 
     Not the name, nor what time and energy are charged at, nor who watches the gain; and what is `auto` in the plan may have been
-    resolved.
+    resolved. A setting that the run's version did not have yet counts as its default, which is how that version behaved.
     """
-    found = read_json(planned.directory / "run.json", {"run": (dict,)})["run"]
+    path = planned.directory / "run.json"
+    read_json(path, {"run": (dict,)})
+    found = _plain(load(path))
     return [
         f"{field} is {json.dumps(there)} there and {json.dumps(asked)} here"
         for field, there, asked in differences(found, _plain(planned.run))
