@@ -77,7 +77,10 @@ def test_the_page_says_what_the_comparisons_hold(script, tmp_path):
     (docs / "sparsity.md").write_text(
         "# Mine\n\nwords\n\n<!-- what follows is written by scripts/experiments/sparsity -->\nold\n"
     )
-    page = Path(script["write_report"](tmp_path, script["EXPERTS"], script["TWINS"], "the command", docs)).read_text()
+    advised = [{"arm": "E8", "setting": "x=1", "as_is": [2.0, 2.1, 2.2], "advised": [1.9, 2.0, 2.1]}]
+    written = script["write_report"](tmp_path, script["EXPERTS"], script["TWINS"], advised, "the command", docs)
+    page = Path(written).read_text()
+    assert "* E8 with `x=1`: 1.900, 2.000, 2.100 bits per byte, better by +0.1000 [+0.1000, +0.1000]." in page
     assert page.startswith("# Mine\n\nwords\n") and "old" not in page
     rows = {
         line.split("|")[1].strip(): line.split("|")[2:-1] for line in page.splitlines() if line.startswith("| equal")

@@ -163,7 +163,22 @@ def decomposition(results: dict[int, Json]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- page
 
 
-def write_report(out: Path, experts: tuple[int, ...], twins: dict[int, str], command: str, folder: Path) -> str:
+def advice(advised: list[Json]) -> list[str]:
+    """What following the doctor changed, paired by seed."""
+    lines = []
+    for entry in advised:
+        gain = t_interval([a - b for a, b in zip(entry["as_is"], entry["advised"], strict=True)])
+        ends = "" if gain.low is None else f" [{gain.low:+.4f}, {gain.high:+.4f}]"
+        bits = ", ".join(f"{value:.3f}" for value in entry["advised"])
+        lines.append(
+            f"* {entry['arm']} with `{entry['setting']}`: {bits} bits per byte, better by {gain.mean:+.4f}{ends}."
+        )
+    return lines
+
+
+def write_report(
+    out: Path, experts: tuple[int, ...], twins: dict[int, str], advised: list[Json], command: str, folder: Path
+) -> str:
     """Write sparsity.json, .png and .md to `folder`; what stands above the mark in the page is kept. Returns the page's path."""
     results = {number: read_json(out / f"compare-E{number}" / "report.json")["contracts"] for number in experts}
     rates = read_json(out / "rates.json")["arms"]
@@ -174,7 +189,14 @@ def write_report(out: Path, experts: tuple[int, ...], twins: dict[int, str], com
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "sparsity.json",
-        {"schema_version": 1, "command": command, "rates": rates, "interpolation": check, "by_experts": results},
+        {
+            "schema_version": 1,
+            "command": command,
+            "rates": rates,
+            "interpolation": check,
+            "advised": advised,
+            "by_experts": results,
+        },
     )
     plot(results, losses, folder / "sparsity.png")
     before = page.read_text(encoding="utf-8").split(MARK)[0].rstrip() if page.exists() else "# Does sparsity pay?"
@@ -186,7 +208,9 @@ def write_report(out: Path, experts: tuple[int, ...], twins: dict[int, str], com
         MARK,
         "",
         f"`{command}`: {seeds} seeds; learning rates chosen for each arm from {', '.join(f'{rate:g}' for rate in tried)} "
-        "in runs of a quarter of the steps with the first seed. Intervals are 95 % t intervals of differences paired by seed.",
+        "in runs of a quarter of the steps with the first seed, and at full length where two of those ended close "
+        f"({', '.join(name for name, entry in rates.items() if 'tried_at_full_length' in entry) or 'nowhere'}). Intervals are 95 % "
+        "t intervals of differences paired by seed.",
         "",
         "![loss against size, and gain against the number of experts](sparsity.png)",
         "",
@@ -209,5 +233,6 @@ def write_report(out: Path, experts: tuple[int, ...], twins: dict[int, str], com
     ]
     parts = decomposition(results)
     lines += ["", "### Capacity and routing", "", *parts] if parts else []
+    lines += ["", "### Doing what the doctor says", "", *advice(advised)] if advised else []
     write_text(page, "\n".join(lines).rstrip() + "\n")
     return str(page)
