@@ -48,7 +48,11 @@ def _sizes(axes: Axes, results: dict[int, Json], losses: dict[str, Json]) -> Non
         )
         axes.plot(ends[1], mean, "o", color=BLUE, label=None if number else "sparse, at all its parameters")
         axes.annotate(f"E = {experts}", (ends[1], mean), xytext=(6, 3), textcoords="offset points", fontsize=9)
-    axes.set(xscale="log", xlabel="Parameters", ylabel="Final validation loss in bits per byte")
+    axes.set(xscale="log", xlabel="Parameters, millions", ylabel="Final validation loss in bits per byte")
+    ticks = [size for size in (0.25e6, 0.5e6, 1e6, 2e6, 4e6, 8e6) if x[0] / 2 < size < 2 * max(ends[1], x[-1])]
+    axes.set_xticks(ticks, [f"{size / 1e6:g}" for size in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(right=1.7 * max(ends[1], x[-1]))
     axes.legend(loc="upper right")
 
 
@@ -64,7 +68,14 @@ def _gains(axes: Axes, results: dict[int, Json]) -> None:
         for x, gain in points:
             bars = None if gain["low"] is None else [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]]
             axes.errorbar(x, gain["mean"], yerr=bars, color=colour, fmt=mark, capsize=3)
-        axes.plot([x for x, _ in points], [gain["mean"] for _, gain in points], color=colour, label=CONTRACTS[contract])
+        axes.plot(
+            [x for x, _ in points],
+            [gain["mean"] for _, gain in points],
+            mark,
+            ls="-",
+            color=colour,
+            label=CONTRACTS[contract],
+        )
     axes.axhline(0, color="black", linewidth=1)
     axes.set(xscale="log", xlabel="Experts, 2 active", ylabel="Gain over dense in bits per byte, 95 %")
     axes.set_xticks(list(results), [str(experts) for experts in results])
