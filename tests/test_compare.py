@@ -181,6 +181,12 @@ def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default(star
         start(seeds=1, overrides=["train.loss_chunk=64"])
 
 
+def test_past_runs_that_are_not_there_are_refused_before_anything_trains(start):
+    with pytest.raises(UserError, match=r"past\.csv does not exist"):
+        start(seeds=1, overrides=["forecast.past=past.csv", "evaluation.every_steps=5"])
+    assert not start.out.exists() or start.events() == []
+
+
 def test_folder_that_is_no_run_is_refused(start):
     (start.out / "sparse-seed0").mkdir(parents=True)
     (start.out / "sparse-seed0" / "thesis.txt").write_text("precious")

@@ -3,6 +3,7 @@
 The second part runs where its Python binding xllamacpp is installed (it has wheels; llama-cpp-python comes as source only).
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -179,7 +180,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(family, values, says,
 @torch.no_grad()
 def test_llama_cpp_has_the_same_probabilities_and_the_same_greedy_text(case, tmp_path):
     """float32 file and cache: log-probabilities after a prompt to 0.02 (llama.cpp rounds some activations to float16)."""
-    import xllamacpp
+    xllamacpp = import_module("xllamacpp")
 
     model = theirs(case, tmp_path / "theirs")
     assert main(["gguf", str(tmp_path / "theirs"), "--out", str(tmp_path / "m.gguf"), "--type", "f32"]) == 0

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from moe.analysis.contract_report import describe
+from moe.analysis.gain_watch import learn_for
 from moe.analysis.promise import FILE as PROMISE
 from moe.analysis.report import build_report
 from moe.analysis.rows import read_json
@@ -119,6 +120,7 @@ def compare(
     made = require_promise(promise, sparse) if promise is not None else None
     if made is not None:
         sparse = replace(sparse, logging=replace(sparse.logging, promise=made["sha256"]))
+    learn_for(sparse, sparse.forecast)  # past runs that do not suffice are refused before anything trains
     arms, base = arms_of(sparse, contracts, decompose), sparse.name
     out.mkdir(parents=True, exist_ok=True)
     if made is not None:

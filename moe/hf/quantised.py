@@ -82,7 +82,7 @@ def rounded(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     )
 
     low, high, group = _span(bits, tensor.shape[-1])
-    block = (*[1] * (tensor.ndim - 1), group)
+    block: Any = (*[1] * (tensor.ndim - 1), group)  # torchao says Tuple[int] and means any length
     scale, zero = choose_qparams_affine(
         tensor.float(), MappingType.SYMMETRIC, block, torch.int8, low, high, scale_dtype=torch.float32
     )
