@@ -7,12 +7,10 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe.analysis.bets import FILE as FRESH
 from moe.analysis.finding import Finding
-from moe.analysis.forecast_run import Learnt, require_twin
-from moe.analysis.gain_watch import learn_for, line, watch
 from moe.config.schema import Run
 from moe.errors import UserError
 from moe.files import write_text
@@ -20,15 +18,22 @@ from moe.metrics import JsonLines
 from moe.train.evaluate import EvaluationResult
 from moe.train.runlog import RunLog
 
+if TYPE_CHECKING:
+    from moe.analysis.forecast_run import Learnt
+
 FILE = "forecast.jsonl"
 CAUSE = "gain_behind"
 
 
-def require_forecast(run: Run) -> Learnt | None:
+def require_forecast(run: Run) -> "Learnt | None":
     """What the past runs teach, before anything is begun; raises UserError where they do not suffice, or the twin is none."""
     dense = Path(run.forecast.dense)
-    if run.model.moe is None:
+    if run.model.moe is None or not (run.forecast.dense or run.forecast.past):
         return None
+    # scipy comes with these, 100 MB that a run without a forecast does not need
+    from moe.analysis.forecast_run import require_twin
+    from moe.analysis.gain_watch import learn_for
+
     if run.forecast.dense and (dense / "run.json").exists():
         require_twin(run, Path("this run"), dense)
     return learn_for(run, run.forecast)
@@ -71,6 +76,8 @@ class GainWatch:
             self._write(FRESH, step=step, first=first, nats=nats)
 
     def _forecast(self, step: int) -> None:
+        from moe.analysis.gain_watch import line, watch
+
         try:
             given = self.run.forecast
             result = watch(self.run, given, self.learnt, self.out, Path(given.dense), until=step)
