@@ -2,6 +2,7 @@
 
 Upcycling, for each seed: recipes/upcycle.py:dense for N steps, then N more, as it is or as its upcycled forms, whose FLOPs per
 token are the dense model's (`fine_grained`); and the sparse model from scratch for N and for 2N steps.
+Distillation: dense students of a sparse teacher (reuse_distil.py).
 Storage: the sparse model of seed 0, and ten variants of it, each fine-tuned (ESFT) on one package of the standard library.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reuse_distil import section, students
 from reuse_variants import storage, variants
 
 from moe.analysis.paired import t_interval
@@ -87,9 +89,14 @@ def upcycling(results: dict[int, dict[str, float]]) -> list[str]:
     return [*lines, ""]
 
 
-def page(results: dict[int, dict[str, float]], stored: dict[str, Any], command: str) -> str:
+def page(results: dict[str, Any], steps: int) -> str:
     """docs/experiments/reuse.md below its hand-written text."""
-    return "\n".join([f"`{command}`", "", *(upcycling(results) if results else []), *storage(stored)])
+    lines = [f"`{results['command']}`", ""]
+    if results["upcycling"]:
+        lines += upcycling(results["upcycling"])
+    if results["distillation"]:
+        lines += section(results["distillation"], 2 * steps)
+    return "\n".join([*lines, *storage(results["storage"])])
 
 
 def main() -> None:
@@ -97,30 +104,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/experiments/reuse", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/reuse"), help="folder of the runs")
     parser.add_argument(
-        "--seeds", type=int, default=3, help="of the upcycling; 0 for the storage alone, which then needs --base"
+        "--seeds", type=int, default=5, help="of the upcycling; 0 for the storage alone, which then needs --base"
     )
+    parser.add_argument("--distil-seeds", type=int, default=3, help="of the distillation")
     parser.add_argument("--base", type=Path, help="sparse run to fine-tune, by default the upcycled one of seed 0")
     parser.add_argument("--variant-steps", type=int, default=30, help="of each fine-tuning")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=800, help="N; a distillation takes 2N")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    results = {}
+    upcycled, distilled = {}, {}
     for seed in range(given.seeds):
-        results[seed] = arms(given.out, seed, given.steps)
-        print(seed, results[seed], flush=True)
+        upcycled[seed] = arms(given.out, seed, given.steps)
+        print(seed, upcycled[seed], flush=True)
+    for seed in range(given.distil_seeds):
+        distilled[seed] = students(given.out, seed, settings("reuse-distil", seed, 2 * given.steps, 3e-3))
+        print(seed, distilled[seed], flush=True)
     stored = variants(given.out, given.base or given.out / "copy-seed0", given.variant_steps)
-    command = f"bash scripts/experiments/reuse --seeds {given.seeds} --steps {given.steps}"
+    command = f"bash scripts/experiments/reuse --seeds {given.seeds} --distil-seeds {given.distil_seeds} --steps {given.steps}"
     if given.base:
         command += f" --base runs/pruning/{given.base.name} --variant-steps {given.variant_steps}"
     folder = ROOT / "docs/experiments"
-    write_json(
-        folder / "reuse.json", {"schema_version": 1, "command": command, "upcycling": results, "storage": stored}
-    )
+    results = {
+        "schema_version": 2, "command": command, "upcycling": upcycled, "distillation": distilled, "storage": stored,
+    }  # fmt: skip
+    write_json(folder / "reuse.json", results)
     mark = "<!-- what follows is written by scripts/experiments/reuse -->"
     path = folder / "reuse.md"
     before = path.read_text(encoding="utf-8").split(mark)[0].rstrip() if path.exists() else "# Reusing trained models"
-    write_text(path, f"{before}\n\n{mark}\n\n{page(results, stored, command)}\n")
+    write_text(path, f"{before}\n\n{mark}\n\n{page(results, given.steps)}\n")
     print(path)
 
 
