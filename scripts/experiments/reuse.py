@@ -19,6 +19,7 @@ from reuse_variants import storage, variants
 
 from moe.analysis.paired import t_interval
 from moe.config.load import load
+from moe.experiments.planned import Planned, state_of
 from moe.files import write_json, write_text
 from moe.surgery.start import begin_run, read_run
 from moe.surgery.upcycle import Change, upcycle
@@ -40,11 +41,10 @@ def settings(name: str, seed: int, steps: int, lr: float, warmup: int = 10) -> l
 
 def finished(folder: Path, start: Callable[[], object]) -> float:
     """Final bits per byte of the run in `folder`, which is started or gone on with if need be."""
-    if not (folder / "summary.json").is_file():
-        if not (folder / "run.json").is_file():
-            start()
-        if not (folder / "summary.json").is_file():
-            resume(folder)
+    if not (folder / "run.json").is_file():
+        start()
+    if state_of(Planned(folder, load(folder / "run.json"))) != "finished":
+        resume(folder)
     rows = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
     return next(row["bits_per_byte"] for row in reversed(rows) if row["final"])
 
@@ -53,8 +53,7 @@ def arms(out: Path, seed: int, steps: int) -> dict[str, float]:
     """Bits per byte of every arm of one seed."""
     base = out / f"dense-seed{seed}"
     first = load(f"{RECIPE}:dense", settings("reuse-dense", seed, steps, 3e-3))
-    if not (base / "summary.json").is_file():
-        (resume(base) if (base / "run.json").is_file() else train(first, base))
+    finished(base, lambda: train(first, base))
     result = {}
     further = settings("reuse-on", seed + 1000, steps, 1.5e-3)
     folder = out / f"dense-on-seed{seed}"
