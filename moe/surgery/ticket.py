@@ -122,12 +122,12 @@ def find(source: str | Path, out: Path, search: Search, overrides: Sequence[str]
     for number in range(1, search.rounds + 1):
         masks = magnitude_masks(trained, masks, search.keep ** (number / search.rounds), search.block)
         if number < search.rounds:
-            trained = _retrain(run, start, masks, search.rewind)
+            trained = retrain(run, start, masks, search.rewind)
     if search.control == "random":
         masks = random_masks(masks, run.seed, search.block)
     elif search.control == "reinitialised":
         start = Transformer(replace(run.model), seed=run.seed + 1).state_dict()
-    result = _retrain(run, start, masks, search.rewind)
+    result = retrain(run, start, masks, search.rewind)
     kept, places = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
     others = sum(tensor.numel() for name, tensor in result.items() if name not in masks)
     receipt = {
@@ -145,8 +145,8 @@ def find(source: str | Path, out: Path, search: Search, overrides: Sequence[str]
     return receipt
 
 
-def _retrain(run: Run, start: Mapping[str, Tensor], masks: Mapping[str, Tensor], rewind: int) -> dict[str, Tensor]:
-    """Train what the masks keep; the rest is 0 from the start and stays it."""
+def retrain(run: Run, start: Mapping[str, Tensor], masks: Mapping[str, Tensor], rewind: int) -> dict[str, Tensor]:
+    """Train what the masks keep of `start`, the weights of step `rewind`, to the end; the rest is 0 from there and stays it."""
     begin = {name: tensor * masks[name] if name in masks else tensor for name, tensor in start.items()}
     return train_masked(run, begin, masks, steps=range(rewind, run.train.steps))
 

@@ -1,22 +1,23 @@
 """Prune a model trained here by 25, 50 and 75 % of its experts. `bash scripts/experiments/pruning --help`.
 
 Trains recipes/smoke.py with 16 experts and 1,200 steps for each seed, prunes it in every way that `moe prune` knows, measures
-bits per byte on the same validation rows, trains half-sized models on for as many steps as the control, the whole model, and
-weighs them. Everything lies in one folder and is reused: `base-seed<n>/`, `recovery/`, and `points.jsonl`, a line per measurement.
-pruning_report.py turns them into docs/experiments/pruning.md.
+bits per byte on the same validation rows, trains half-sized models on for as many steps as the control, the whole model, weighs
+them, and looks for lottery tickets (pruning_tickets.py). Everything lies in one folder and is reused: `base-seed<n>/`,
+`recovery/`, `tickets/`, and `points.jsonl`, a line per measurement. pruning_report.py turns them into docs/experiments/pruning.md.
 """
 
 import argparse
 import json
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pruning_report import write_report
+from pruning_tickets import search, stored_bytes
+from torch import Tensor
 
 from moe import hf, parallel
 from moe.config.load import load
@@ -26,7 +27,7 @@ from moe.experiments.planned import Planned, state_of
 from moe.hf import quantised
 from moe.surgery.prune import Plan, look, prune, pruned_model
 from moe.surgery.scores import SCORES
-from moe.surgery.start import Source, begin_run, read_run
+from moe.surgery.start import Source, begin_run, model_of, read_run
 from moe.train import resume, train
 from moe.train.evaluate import evaluate
 
@@ -166,7 +167,7 @@ def measure_recovered(source: Source, points: Points, out: Path, seed: int, step
 
 
 def measure_sizes(points: Points, out: Path, seed: int, steps: int, rows: int) -> None:
-    """Bytes and bits per byte of recovered models as bfloat16, int8 and int4 exports, and transformers' tokens per second."""
+    """Bytes and bits per byte of recovered models as bfloat16, int8 and int4 exports."""
     for point in recovered(seed, steps):
         if point.way not in ("whole", "reap"):
             continue
@@ -186,31 +187,22 @@ def measure_sizes(points: Points, out: Path, seed: int, steps: int, rows: int) -
             model.config = run.model
             result = evaluate(model, prepare(run.data), parallel.start("cpu"), rows=rows, micro_rows=16)
             size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
-            points.add(
-                sized, result.bits_per_byte, bytes=size, active=parameters(run.model).active, **speed(place, bits)
-            )
+            points.add(sized, result.bits_per_byte, bytes=size, active=parameters(run.model).active)
 
 
-def speed(folder: Path, bits: int) -> dict[str, Any]:
-    """Tokens per second of transformers' generate, one row, and the text that it wrote."""
-    import transformers
+def measure_tickets(source: Source, points: Points, out: Path, seed: int, rows: int) -> None:
+    """Single weights and blocks removed, from the same recipe and seed as the experts' model."""
+    corpus, ranks, run = prepare(source.run.data), parallel.start("cpu"), source.run
 
-    torch.set_num_threads(2)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model: Any = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-        if bits == 16
-        else quantised.load_transformers(folder)
-    )
-    ids = tokenizer("def __init__(self", return_tensors="pt")["input_ids"]
-    seconds = []
-    for _ in range(4):
-        clock = time.perf_counter()
-        written = model.generate(ids, max_new_tokens=40, min_new_tokens=40, do_sample=False)
-        seconds.append(time.perf_counter() - clock)
-    torch.set_num_threads(1)
-    text = tokenizer.decode(written[0, ids.shape[1] :])
-    return {"tokens_per_second": 40 / sorted(seconds[1:])[1], "text": text}
+    def measure(way: str, keep: float, block: int, tensors: Mapping[str, Tensor] | None) -> bool:
+        point = Point(seed, keep, f"lottery {way}", draw=block)
+        if tensors is None:
+            return points.has(point)
+        result = evaluate(model_of(run, tensors), corpus, ranks, rows=rows, micro_rows=16)
+        points.add(point, result.bits_per_byte, bytes=stored_bytes(tensors, keep, block))
+        return True
+
+    search(run, out / "tickets" / f"seed{seed}", measure)
 
 
 def main() -> None:
@@ -219,6 +211,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pruning"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--recovered-seeds", type=int, default=3, help="of these, how many are trained on")
+    parser.add_argument(
+        "--ticket-seeds", type=int, default=3, help="of these, how many are searched for lottery tickets"
+    )
     parser.add_argument("--steps", type=int, default=1200, help="of the models that are pruned")
     parser.add_argument("--recovery", type=int, default=200, help="steps of further training")
     parser.add_argument("--rows", type=int, default=512, help="validation rows")
@@ -230,16 +225,14 @@ def main() -> None:
     if not given.report:
         given.out.mkdir(parents=True, exist_ok=True)
         folders = [train_base(given.out, seed, given.steps) for seed in range(given.seeds)]
-        for stage in ("one shot", "recovered", "sizes"):
-            for seed, folder in enumerate(folders):
-                source = read_run(folder)
-                if stage == "sizes":
-                    if seed < given.recovered_seeds:
-                        measure_sizes(points, given.out, seed, given.recovery, given.rows)
-                elif stage == "one shot":
-                    measure_one_shot(source, prepare(source.run.data), points, seed, given.rows)
-                elif seed < given.recovered_seeds:
-                    measure_recovered(source, points, given.out, seed, given.recovery, given.rows)
+        sources = [read_run(folder) for folder in folders]
+        for seed, source in enumerate(sources):
+            measure_one_shot(source, prepare(source.run.data), points, seed, given.rows)
+        for seed, source in enumerate(sources[: given.recovered_seeds]):
+            measure_recovered(source, points, given.out, seed, given.recovery, given.rows)
+            measure_sizes(points, given.out, seed, given.recovery, given.rows)
+        for seed, source in enumerate(sources[: given.ticket_seeds]):
+            measure_tickets(source, points, given.out, seed, given.rows)
     command = (
         f"bash scripts/experiments/pruning --seeds {given.seeds} --steps {given.steps} --recovery {given.recovery}"
     )

@@ -4,12 +4,14 @@ A gain is the control's bits per byte minus the way's, paired by seed: above 0 t
 """
 
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from pruning_tickets import table as ticket_table
 
 from moe.analysis.paired import Interval, t_interval
 from moe.analysis.plots import BLUE, GREY, STYLE, VERMILLION
@@ -131,18 +133,13 @@ def recovered_table(rows: Rows, steps: int) -> list[str]:
     return [*lines, ""]
 
 
-def median(values: list[float | None]) -> float | None:
-    """None where one was not measured."""
-    known = [value for value in values if value is not None]
-    return float(np.median(known)) if len(known) == len(values) else None
-
-
 def sizes(rows: Rows) -> Rows:
-    """Mean over seeds of every measured export."""
+    """Mean over seeds of every measured export, and how far it is above the whole model's bfloat16 export of the same seed."""
     groups: dict[tuple[str, float, int], Rows] = defaultdict(list)
     for row in rows:
         if row["way"].endswith(" size"):
             groups[row["way"], row["keep"], row["draw"]].append(row)
+    whole = {row["seed"]: row["bits_per_byte"] for row in groups["whole size", 1.0, 16]}
     return [
         {
             "keep": keep,
@@ -151,18 +148,23 @@ def sizes(rows: Rows) -> Rows:
             "bytes": int(np.mean([r["bytes"] for r in found])),
             "active": found[0]["active"],
             "bits_per_byte": float(np.mean([r["bits_per_byte"] for r in found])),
-            "tokens_per_second": median([r["tokens_per_second"] for r in found]),
+            "above": t_interval([r["bits_per_byte"] / whole[r["seed"]] - 1 for r in found]),
             "seeds": len(found),
         }
         for (way, keep, bits), found in sorted(groups.items(), key=lambda item: (-item[0][1], -item[0][2]))
     ]
 
 
+def percent(interval: Interval) -> str:
+    """A relative mean with its interval."""
+    spread = "" if interval.low is None else f" ({interval.low:+.2%} to {interval.high:+.2%})"
+    return f"{interval.mean:+.2%}{spread}"
+
+
 def size_table(table: Rows) -> list[str]:
     """Loss against bytes, with the undominated rows marked."""
-    best = min((row["bits_per_byte"] for row in table if row["keep"] == 1.0), default=np.inf)
     lines = [
-        "### Loss against bytes",
+        f"### Loss against bytes and active parameters, {min(row['seeds'] for row in table)} seeds",
         "",
         *header(
             "experts kept",
@@ -170,36 +172,38 @@ def size_table(table: Rows) -> list[str]:
             "bytes of weights",
             "active parameters",
             "bits per byte",
-            "against the best",
-            "tokens/s, transformers, 2 threads",
+            "above the whole in bfloat16 (95 %)",
             "on the front",
         ),
     ]
     for row in table:
         front = not any(o["bytes"] < row["bytes"] and o["bits_per_byte"] <= row["bits_per_byte"] for o in table)
-        speed = "not measured" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}"
-        kind = "bfloat16" if row["bits"] == 16 else f"int{row['bits']}"
         lines.append(
-            f"| {row['keep']:.1%} | {kind} | {row['bytes']:,} | {row['active']:,} | {row['bits_per_byte']:.4f} "
-            f"| {row['bits_per_byte'] / best - 1:+.2%} | {speed} | {'yes' if front else ''} |"
+            f"| {row['keep']:.1%} | {stored_as(row)} | {row['bytes']:,} | {row['active']:,} | {row['bits_per_byte']:.4f} "
+            f"| {percent(row['above'])} | {'yes' if front else ''} |"
         )
-    within = [row for row in table if row["bits_per_byte"] <= 1.01 * best]
+    within = [row for row in table if row["above"].mean <= 0.01]
     if within:
         least, most = min(within, key=lambda row: row["bytes"]), max(table, key=lambda row: row["bytes"])
         lines += [
             "",
-            f"The smallest model within 1 % of the best one's bits per byte keeps {least['keep']:.1%} of the experts in "
-            f"{'bfloat16' if least['bits'] == 16 else 'int' + str(least['bits'])}: {least['bytes']:,} bytes, "
-            f"{most['bytes'] / least['bytes']:.2f} times less than bfloat16.",
+            f"The smallest model whose bits per byte are within 1 % of the whole one's keeps {least['keep']:.1%} of the experts in "
+            f"{stored_as(least)}: {least['bytes']:,} bytes, {most['bytes'] / least['bytes']:.2f} times less than bfloat16; "
+            f"it is {percent(least['above'])} above it.",
         ]
     return [*lines, ""]
 
 
+def stored_as(row: dict[str, Any]) -> str:
+    """The type of an export's matrices."""
+    return "bfloat16" if row["bits"] == 16 else f"int{row['bits']}"
+
+
 def plot(rows: Rows, table: Rows, steps: int, path: Path) -> None:
-    """Left: loss against the share kept; right: loss against bytes."""
+    """Loss against the share of experts kept, against bytes, and against active parameters."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        figure = Figure(figsize=(14, 4.2), layout="constrained")
+        left, right, active = figure.subplots(1, 3)
         whole = float(np.mean(list(by_seed(rows, "whole", 1.0, 0).values())))
         styles = {
             "reap": (BLUE, "o-"),
@@ -224,7 +228,29 @@ def plot(rows: Rows, table: Rows, steps: int, path: Path) -> None:
                 right.plot(
                     *zip(*points, strict=True), "o-", color=color, label="bfloat16" if bits == 16 else f"int{bits}"
                 )
+        tickets = [
+            r for r in rows if r["way"] == "lottery ticket" and r["draw"] == 1 and r["bits_per_byte"] < 1.4 * whole
+        ]
+        if tickets:
+            keeps = sorted({row["keep"] for row in tickets}, reverse=True)
+            groups = [[row for row in tickets if row["keep"] == keep] for keep in keeps]
+            points = [
+                (np.mean([r["bytes"] for r in g]) / 1000, np.mean([r["bits_per_byte"] for r in g])) for g in groups
+            ]
+            right.plot(*zip(*points, strict=True), "s--", color="black", label="lottery tickets in bfloat16")
         right.set(xlabel="kilobytes of weights", ylabel="bits per byte", xscale="log")
+        in_bfloat16 = [row for row in table if row["bits"] == 16]
+        for row in in_bfloat16:
+            active.annotate(
+                f"{row['keep']:.1%}", (row["active"] / 1000, row["bits_per_byte"]), (6, 0), textcoords="offset points"
+            )
+        active.plot(
+            [row["active"] / 1000 for row in in_bfloat16],
+            [row["bits_per_byte"] for row in in_bfloat16],
+            "o-",
+            color=GREY,
+        )
+        active.set(xlabel="thousands of active parameters", ylabel="bits per byte", title="experts kept, bfloat16")
         if table:
             right.legend()
         figure.savefig(path, dpi=110)
@@ -235,7 +261,8 @@ def write_report(rows: Rows, command: str, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     steps = max(row["steps"] for row in rows)
     table = sizes(rows)
-    write_json(folder / "pruning.json", {"schema_version": 1, "command": command, "points": rows, "sizes": table})
+    plain = [{**row, "above": asdict(row["above"])} for row in table]
+    write_json(folder / "pruning.json", {"schema_version": 1, "command": command, "points": rows, "sizes": plain})
     plot(rows, table, steps, folder / "pruning.png")
     page = folder / "pruning.md"
     mark = "<!-- what follows is written by scripts/experiments/pruning -->"
@@ -254,6 +281,7 @@ def write_report(rows: Rows, command: str, folder: Path) -> str:
         *one_shot_tables(rows),
         *recovered_table(rows, steps),
         *(size_table(table) if table else []),
+        *ticket_table(rows),
     ]
     write_text(page, "\n".join(lines).rstrip() + "\n")
     return str(page)
