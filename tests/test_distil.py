@@ -110,6 +110,19 @@ def test_a_student_reports_what_it_retained(place, capsys):
     assert retained(2.0, 2.5, 3.0) == 0.5 and retained(3.0, 2.5, 2.9) is None
 
 
+def test_what_a_recipes_student_retained_is_measured_afterwards(place, capsys):
+    """`moe retained` on a student that `moe train` trained, as recipes/distil.py does, is the receipt of `moe distil`."""
+    for name, more in {"plain2": [], "student2": [f'train.distil={{"teacher": "{place / "teacher"}"}}']}.items():
+        assert main(["train", "recipes/smoke.py", f"out={place / name}", *settings(place, 3), *STUDENT, *more]) == 0
+    assert student(place, "student3", "--plain", str(place / "plain2")) == 0
+    assert main(["retained", str(place / "student2"), "--plain", str(place / "plain2")]) == 0
+    ours, theirs = (json.loads((place / name / "distilled.json").read_text()) for name in ("student2", "student3"))
+    assert ours == theirs
+    assert main(["retained", str(place / "plain2")]) == 2 and "did not learn from a teacher" in capsys.readouterr().err
+    assert main(["retained", str(place / "student2"), "--plain", str(place / "teacher")]) == 2
+    assert "is another model than the student" in capsys.readouterr().err
+
+
 def test_a_resumed_student_equals_one_that_ran_through(place):
     assert student(place, "whole", "train.schedule.final_fraction=1.0") == 0
     ends = read_run(place / "whole").tensors

@@ -104,6 +104,18 @@ def distil(
 
 
 @app.command()
+def retained(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run that learnt from a teacher")],
+    plain: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="the same model trained on text alone, to compare with")
+    ] = None,
+) -> None:
+    """Measure a distilled run, its teacher and the plain run on the same rows: what share of the gain it retained."""
+    module = import_module("moe.surgery.distil")
+    typer.echo(module.describe(module.measure(run, plain), run))
+
+
+@app.command()
 def prune(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a sparse run")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the pruned run")],

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe import parallel
 from moe.config.load import dump, load
-from moe.config.schema import Distil
+from moe.config.schema import Distil, Run
 from moe.data import prepare
 from moe.errors import ConfigError
 from moe.files import write_json
@@ -37,17 +37,18 @@ def distil(
     lesson = Distil(teacher=str(teacher.absolute()), temperature=temperature, share=share)
     settings["train"]["distil"] = dump(lesson)
     run = load(settings)
-    if plain is not None and read_run(plain).run.model != run.model:
-        raise ConfigError(
-            f"{plain} is another model than the student: train {recipe} without a teacher for the comparison"
-        )
+    _require_same_model(run, plain)
     train(run, out)
     return measure(out, plain)
 
 
 def measure(out: Path, plain: Path | None = None) -> dict[str, Any]:
-    """Bits per byte of a distilled run, its teacher and `plain` on the student's validation rows; written as a receipt."""
+    """Bits per byte of a distilled run, its teacher and `plain` on the student's validation rows; written as a receipt.
+
+    Raises ConfigError for a run without a teacher, or where `plain` is another model.
+    """
     student = read_run(out)
+    _require_same_model(student.run, plain)
     lesson = student.run.train.distil
     if lesson is None:
         raise ConfigError(f"{out} did not learn from a teacher: 'moe distil' trains one that does")
@@ -72,6 +73,13 @@ def measure(out: Path, plain: Path | None = None) -> dict[str, Any]:
         receipt |= {"plain": str(plain), "plain_bits_per_byte": without, "retained": kept}
     write_json(out / RECEIPT, receipt)
     return receipt
+
+
+def _require_same_model(run: Run, plain: Path | None) -> None:
+    if plain is not None and read_run(plain).run.model != run.model:
+        raise ConfigError(
+            f"{plain} is another model than the student {run.name}: train the student's recipe without a teacher for the comparison"
+        )
 
 
 def retained(teacher: float, student: float, plain: float) -> float | None:
