@@ -143,14 +143,22 @@ def compare(
     for planned in [planned for plans in plans_by_arm.values() for planned in plans]:
         state_of(planned)  # what is refused is refused before the comparison's own record changes
     write_json(out / "compare.json", record)
-    by_seed = zip(*plans_by_arm.values(), strict=True)
-    # a run that is watched comes after the dense twin that it is held against
-    ordered = [planned for plans in by_seed for planned in sorted(plans, key=lambda one: bool(one.run.forecast.dense))]
-    train(ordered, jobs=jobs, command=train_command, say=say)
+    train(_in_order(plans_by_arm), jobs=jobs, command=train_command, say=say)
     for arm, name in (("sparse", "timing"), ("total", "timing_total")) if timing_rounds else ():
         if arm in arms:
             pair = plans_by_arm[arm][0], plans_by_arm["dense"][0]
             time_steps(out, *pair, timing_rounds, timing_command, say, name=name)
+    return _reported(out, say)
+
+
+def _in_order(plans_by_arm: dict[str, list[Planned]]) -> list[Planned]:
+    """Seed by seed; a run that is watched comes after the dense twin that it is held against."""
+    by_seed = zip(*plans_by_arm.values(), strict=True)
+    return [planned for plans in by_seed for planned in sorted(plans, key=lambda one: bool(one.run.forecast.dense))]
+
+
+def _reported(out: Path, say: Callable[[str], None]) -> Path:
+    """Write the report of `out`, say its verdicts, and return its path."""
     page = build_report(out)
     report = read_json(out / "report.json")
     say(report["verdict"]["sentence"])

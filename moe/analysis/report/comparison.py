@@ -52,16 +52,7 @@ def comparison_report(directory: Path, out: Path, past: Path | None = None) -> J
         "subtitle": f"{len(seeds)} paired seed{'s' * (len(seeds) > 1)} per arm, validated on "
         f"{arms['sparse'][0].final['bytes']:,.0f} bytes that no run trained on. Contract: {record['contract']}.",
         "contract": record["contract"],
-        "verdict": {
-            "name": gain.verdict,
-            "sentence": words.verdict_sentence(record["contract"], gain),
-            "contracts": contract_lines(judged) if judged else [],
-            "notes": [
-                words.speed_in_short(timed),
-                *(other_lines(judged) if judged else ()),
-                *([cost_of_knowing(ledger)] if ledger else ()),
-            ],
-        },
+        "verdict": _verdict(record["contract"], gain, timed, judged, ledger),
         "ledger": ledger,
         "prices": describe_comparison(of_comparison(directory)).splitlines() if ledger else [],
         "promise": promised,
@@ -77,11 +68,7 @@ def comparison_report(directory: Path, out: Path, past: Path | None = None) -> J
         "routing": health,
         "routing_notes": words.routing_notes(health),
         "doctor": doctors(drawn),
-        "differences": [
-            {"field": name, "sparse": s, "dense": d}
-            for name, s, d in differences(arms["sparse"][0].config, arms["dense"][0].config)
-            if name != "name"
-        ],
+        "differences": _differences(arms["sparse"][0], arms["dense"][0]),
         "settings": config_table(drawn),
         "twin": record.get("twin"),
         "learning_rate": record.get("learning_rate"),
@@ -90,6 +77,29 @@ def comparison_report(directory: Path, out: Path, past: Path | None = None) -> J
         "environment": words.environment(arms["sparse"][0], seeds),
         "charts": charts(drawn, [(drawn[0], other) for other in drawn[1:]], jobs, past),
     }
+
+
+def _verdict(contract: str, gain: Interval, timed: Json | None, judged: Json | None, ledger: Json | None) -> Json:
+    """Who won, in a sentence, and what belongs beside it."""
+    return {
+        "name": gain.verdict,
+        "sentence": words.verdict_sentence(contract, gain),
+        "contracts": contract_lines(judged) if judged else [],
+        "notes": [
+            words.speed_in_short(timed),
+            *(other_lines(judged) if judged else ()),
+            *([cost_of_knowing(ledger)] if ledger else ()),
+        ],
+    }
+
+
+def _differences(sparse: RunRows, dense: RunRows) -> list[Json]:
+    """Settings in which the two arms differ, but their names."""
+    return [
+        {"field": name, "sparse": s, "dense": d}
+        for name, s, d in differences(sparse.config, dense.config)
+        if name != "name"
+    ]
 
 
 def _runs(directory: Path, record: Json) -> dict[str, list[RunRows]]:
