@@ -15,6 +15,7 @@ from rich.console import Console
 
 from moe import profile as profiler
 from moe.errors import UserError
+from moe.profile.tables import compiled_table
 from moe_triton import prediction, roofline, roofline_page
 from moe_triton.prediction import predict
 from moe_triton.roofline import MACHINES, Shape, floor_seconds, saved_bytes
@@ -227,7 +228,7 @@ WRONG = {
     "override of a shape": (("8192,1024,512,64,4", ["train.steps=1"]), {}, "no settings to override"),
     "dense recipe": (("recipes/smoke.py", ["model.moe=null"]), {}, "no expert layers"),
     "no such routing": (("8192,1024,512,64,4",), {"routing": "runs/none.jsonl"}, "uniform, zipf, or"),
-    "plot of unknown type": (("8192,1024,512,64,4",), {"out": profiler.Path("a.gif")}, "end in .png"),
+    "plot of unknown type": (("8192,1024,512,64,4",), {"out": Path("a.gif")}, "end in .png"),
 }
 
 
@@ -258,7 +259,7 @@ def test_profile_sets_the_compilers_facts_beside_the_models_kernels():
     others = set(by_name) - {part.name for part in roofline.FLOWS["ours"]}
     assert len(others) == roofline.ROUTING_LAUNCHES + roofline.SMALL_LAUNCHES, others
     text = StringIO()
-    Console(file=text, width=140).print(profiler._compiled(facts, "sm_90"))
+    Console(file=text, width=140).print(compiled_table(facts, "sm_90"))
     assert "wgmma.mma_async ×" in text.getvalue()
 
 
