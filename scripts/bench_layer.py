@@ -14,8 +14,6 @@ after another into memory that is there. `--issue` is all of it: both types at o
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -25,7 +23,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from bench_layer_page import BEGIN, END, Row, has_markers, print_row, ratios, write
+from bench_common import has_markers, machine, markers, peak_gigaflops, ratios, write_between
+from bench_layer_page import NAME, Row, print_row, tables
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -171,33 +170,6 @@ def time_shape(shape: tuple[int, ...], dtype: str, tokens: str, rounds: int, clo
     ]
 
 
-def peak_gigaflops(dtype: torch.dtype) -> float:
-    """Speed of the best of 15 large square products, 10^9 floating-point operations a second."""
-    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    seconds = []
-    for _ in range(15):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(seconds) / 1e9
-
-
-def versions() -> dict[str, str]:
-    """What the figures depend on."""
-    flags = Path("/proc/cpuinfo")
-    model = (
-        next((line.split(":")[1].strip() for line in flags.open() if line.startswith("model name")), "")
-        if flags.exists()
-        else ""
-    )
-    return {
-        "cpu": model or platform.processor(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def main() -> None:
     """Time all shapes, print a table and write what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -217,13 +189,13 @@ def main() -> None:
         parser.error("--cpu-time adds up the threads' times: it goes with --threads 1, and not with --issue")
     if arguments.rounds < 2:
         parser.error("--rounds must be at least 2: quartiles need two values")
-    if arguments.write and not has_markers(arguments.write):
-        parser.error(f"--write {arguments.write} must be a page with the lines '{BEGIN}' and '{END}'")
+    if arguments.write and not has_markers(arguments.write, NAME):
+        parser.error(f"--write {arguments.write} must be a page with the lines {' and '.join(markers(NAME))}")
     cases = [(threads, tokens) for tokens in arguments.tokens for threads in arguments.threads]
     dtypes, clock = arguments.dtype, time.process_time if arguments.cpu_time else time.perf_counter
     if arguments.issue:
         cases, dtypes = [(1, "same"), (2, "same"), (1, "new")], list(DTYPES)
-    facts = {**versions(), "cores": str(os.cpu_count()), "rounds": str(arguments.rounds)}
+    facts = {**machine(), "transformers": transformers.__version__, "rounds": str(arguments.rounds)}
     rows: list[Row] = []
     for threads, tokens in cases:
         torch.set_num_threads(threads)
@@ -242,7 +214,7 @@ def main() -> None:
         content = {"facts": facts, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     if arguments.write:
-        write(arguments.write, rows, facts)
+        write_between(arguments.write, NAME, tables(rows, facts))
 
 
 if __name__ == "__main__":

@@ -6,21 +6,11 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-BEGIN, END = "<!-- bench_layer begin -->", "<!-- bench_layer end -->"
+from bench_common import Ratio
 
-
-class Ratio(NamedTuple):
-    """Median and quartiles over rounds."""
-
-    low: float
-    middle: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.middle:.2f} [{self.low:.2f}, {self.high:.2f}]"
+NAME = "bench_layer"
 
 
 @dataclass(frozen=True)
@@ -38,12 +28,6 @@ class Row:
     ours: Ratio
     """Our speed as a multiple of its own."""
     milliseconds: float
-
-
-def ratios(numerator: list[float], denominator: list[float]) -> Ratio:
-    """Quotients of what was measured in the same round."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(numerator, denominator, strict=True)], n=4)
-    return Ratio(low, middle, high)
 
 
 def print_row(row: Row) -> None:
@@ -109,14 +93,3 @@ def tables(rows: list[Row], facts: dict[str, str]) -> str:
         mean = math.exp(statistics.fmean(math.log(value) for value in means))
         lines += [f"Over both tables with the same tokens: {mean:.2f}.", ""]
     return "\n".join(lines)
-
-
-def has_markers(page: Path) -> bool:
-    """Whether there is a place to write to."""
-    return page.is_file() and BEGIN in page.read_text() and END in page.read_text()
-
-
-def write(page: Path, rows: list[Row], facts: dict[str, str]) -> None:
-    """Renew what stands between the markers of a page that has them."""
-    before, rest = page.read_text().split(BEGIN, 1)
-    page.write_text(f"{before}{BEGIN}\n\n{tables(rows, facts)}\n{END}{rest.split(END, 1)[1]}")
