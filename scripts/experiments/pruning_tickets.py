@@ -20,7 +20,7 @@ from moe.surgery.ticket import magnitude_masks, prunable, random_masks, retrain
 
 REWIND = 60
 """Step whose weights the kept ones go back to: the end of warm-up (an early step is better than the first: arXiv 1912.05671)."""
-LEVELS = {1: (0.5, 0.25, 0.125, 0.0625), 4: (0.5, 0.25)}
+LEVELS = {1: (0.5, 0.25, 0.125), 4: (0.5,)}
 """Shares of the weights that stay, by the side of the blocks that go together."""
 CONTROLS = ("ticket", "random mask", "reinitialised")
 
