@@ -11,6 +11,8 @@ letters: `x_TD`, `experts_TK`, `w_up_EDF`. Letters name logical dimensions, neve
     N  query heads             P  rows held here, after dispatch
     M  key/value heads         F  hidden size of a feed-forward network or expert
     H  head size               L  expert layers
+    I  what goes into a map    J  rank of an adapter
+    O  what comes out of it
 
 Names below are imported at first use, so that `import moe` needs neither torch nor anything else.
 """

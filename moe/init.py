@@ -7,6 +7,8 @@
 | matrices that write to the residual    | N(0, std / sqrt(2·num_layers)) with depth scaling (GPT-2), so |
 | stream (`out`, `down`, `w_down_EFD`,   | that its variance does not grow with depth                    |
 | `w_down_FD`)                           |                                                               |
+| adapters (moe/lora.py): A              | N(0, 1 / sqrt(3·in)), the variance of peft's uniform draw     |
+| adapters: B                            | 0                                                             |
 | every other matrix, embedding, router  | N(0, std)                                                     |
 
 Latent experts carry the depth scaling in w_down_EFD; the matrix out of their latent width has none, so that the product is
@@ -16,6 +18,7 @@ A value is a function of (seed, canonical name, global expert index): the same i
 wherever names and shapes agree. Of parameters that end in `_FD`, experts of different widths, each expert's rows are drawn.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -69,12 +72,14 @@ def _fill(parameter: Tensor, name: str, widths: Sequence[int], seed: int, std: f
     """widths: rows of each expert, in a parameter whose letters are FD. Of a sharded parameter this rank's part is filled."""
     leaf = name.rsplit(".", 1)[-1]
     here, shape, window = _window(parameter)
-    if leaf in ("bias", "sink_N"):
+    if leaf in ("bias", "sink_N", "b_JO", "b_EJO"):
         here.zero_()
     elif "norm" in name.split(".")[-2]:
         here.fill_(1.0)
     else:
         deviation = std * residual_scale if name.endswith(RESIDUAL_WRITERS) else std
+        if ".lora." in name:
+            deviation = 1 / math.sqrt(3 * shape[-2])
         letters = leaf.rsplit("_", 1)[-1] if "_" in leaf else ""
         if "E" in letters:
             for values, expert in zip(here, range(shape[0])[window[0]], strict=True):

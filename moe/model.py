@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from moe.attention import GroupedQuery, KeyValue, Latent, RMSNorm, RotaryEmbedding, attention_mask
 from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer, layer_experts
 from moe.init import initialise, off_meta
+from moe.lora import adapt
 from moe.loss import IGNORE, Soft, chunked_cross_entropy
 from moe.moe_layer import Linear, MoELayer, SwiGLU
 from moe.parallel.exchange import EXCHANGE_COUNTS
@@ -130,6 +131,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps) if last else None
         self.head = Linear(config.dim, config.vocab_size, bias=False) if last and not config.tied_head else None
         initialise(self, seed=seed, std=config.init_std, residual_scale=residual_scale, skip=".moe.")
+        if config.lora is not None:
+            adapt(self, config.lora, seed=seed, std=config.init_std)
 
     def forward(
         self,

@@ -15,11 +15,16 @@ from moe.routing import Counts, Routing, Selection, Tokens
 
 
 class Linear(nn.Linear):
-    """A linear map whose float32 parameters are cast to the input's type at use."""
+    """A linear map whose float32 parameters are cast to the input's type at use. `lora`: what is added (moe/lora.py sets it)."""
+
+    def __init__(self, inner: int, outer: int, *, bias: bool):
+        super().__init__(inner, outer, bias=bias)
+        self.lora: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        y = nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class SwiGLU(nn.Module):

@@ -11,13 +11,13 @@ from moe.parallel.parts import copies, part_here
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay for matrices; none for norms, biases, attention sinks and embeddings. Asserts that every parameter is in one group.
+    """Decay for matrices; none for norms, biases, attention sinks and embeddings. Asserts that all that is trained is in one group.
 
     Parameters that are sharded over different ranks are in different groups, because one operator cannot update both.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         decays = parameter.ndim >= 2 and id(parameter) not in embeddings
         groups.setdefault((mesh, decays), []).append(parameter)

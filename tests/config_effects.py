@@ -49,6 +49,7 @@ from moe.config.load import known_routers, resolve_router
 from moe.config.schema import Run
 from moe.config.tree import Slot, fields_of
 from moe.config.words import typed
+from moe.model import Transformer
 from moe.moe_layer import MoELayer, auxiliary_loss
 from moe.routing import Tokens
 
@@ -109,6 +110,16 @@ def routed(lab: Lab, run: Run) -> Any:
         )
     grads = [p.grad.abs().sum().item() for p in layer.router.parameters() if p.grad is not None]
     return seen, grads, [buffer.tolist() for buffer in layer.router.buffers()]
+
+
+def adapted(lab: Lab, run: Run) -> Any:
+    """The gradient of every parameter that has one, of a forward and backward pass over fixed ids."""
+    model = Transformer(run.model, seed=run.seed)
+    ids = torch.arange(32).view(2, 16)
+    objective = model(ids, ids.roll(-1, 1)).objective
+    assert objective is not None
+    objective.backward()
+    return {name: p.grad.abs().sum().item() for name, p in model.named_parameters() if p.grad is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -234,6 +245,7 @@ GROUPED = {"name": "grouped_query", "num_heads": 2, "num_kv_heads": 1, "head_dim
 LATENT_ATTENTION = {"name": "latent", "num_heads": 2, "kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 4}
 LATENT = tuple(f"model.attention.{name}={value}" for name, value in LATENT_ATTENTION.items())
 LLAMA3 = ('model.rotary.llama3={"factor": 8, "original_length": 16}',)
+LORA = ('model.lora={"rank": 2}',)
 YARN = ('model.rotary.yarn={"factor": 4, "original_length": 4096}',)
 HUB = ("data.sources.0=hub", "data.sources.0.dataset=json", two_fields)
 FOLDER = ("data.sources.0=hub", lambda lab: f"data.sources.0.dataset={local_dataset(lab)}")
@@ -399,6 +411,11 @@ EFFECTS: dict[str, Effect] = {
     "model.moe.expert_widths": Effect(parameters, [], [8, 16, 8, 8]),
     "model.moe.shared_hidden": Effect(parameters, 0, 8),
     "model.moe.shared_gate": Effect(parameters, False, True, ("model.moe.shared_hidden=8",)),
+    "model.lora": Effect(adapted, None, {"rank": 2}),
+    "model.lora.rank": Effect(adapted, 2, 4, LORA),
+    "model.lora.alpha": Effect(adapted, 16.0, 8.0, LORA),
+    "model.lora.scaling": Effect(adapted, "rank", "root", LORA),
+    "model.lora.targets": Effect(adapted, ["attention", "experts"], ["experts"], LORA),
     "model.moe.latent_dim": Effect(parameters, 0, 4),
     "model.moe.backend": Effect(calls, "reference", "torch"),
     "model.moe.precision": Effect(losses, "native", "fp8_row", ("model.moe.backend=reference",)),

@@ -29,7 +29,7 @@ LAYERS = (
     ("moe.analysis", "moe.data", "moe.optim", "moe.checkpoint"),
     ("moe.metrics", "moe.muon"),
     ("moe.model",),
-    ("moe.attention", "moe.loss"),
+    ("moe.attention", "moe.loss", "moe.lora"),
     ("moe.moe_layer",),
     ("moe.routers", "moe.experts"),
     ("moe.parallel",),

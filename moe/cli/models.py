@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
-from moe.cli.common import JsonOption, OverridesArgument, RecipeArgument, lazy, print_result
+from moe.cli.common import JsonOption, OverridesArgument, RecipeArgument, RunByDefault, lazy, print_result
 
 app = typer.Typer()
 store = typer.Typer(help="Keep many variants of one model, every number once.")
 app.add_typer(store, name="store")
+lora = typer.Typer(cls=RunByDefault, help="Fine-tune by low-rank adapters on a frozen base, and merge them.")
+app.add_typer(lora, name="lora")
 
 
 @app.command()
@@ -152,6 +154,35 @@ def esft(
     module = import_module("moe.surgery.esft")
     receipt = module.fine_tune(folder, out, overrides or [], score=score, threshold=threshold)
     typer.echo(module.describe(receipt, out))
+
+
+@lora.command("run")
+def lora_run(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the fine-tuned run")],
+    overrides: OverridesArgument = None,
+    rank: Annotated[int, typer.Option(help="of the products that are added")] = 8,
+    alpha: Annotated[float, typer.Option(help="they are multiplied by alpha / rank")] = 16.0,
+    scaling: Annotated[
+        str, typer.Option(metavar="rank|root", help="what alpha is divided by: rank, or its root")
+    ] = "rank",
+    targets: Annotated[
+        str, typer.Option(metavar="TARGET,TARGET", help="of attention, experts, shared, ffn")
+    ] = "attention,experts",
+) -> None:
+    """Train adapters on a run's newest checkpoint; the overrides name the data, train.steps and train.optimizer.lr."""
+    module = import_module("moe.surgery.lora")
+    settings = {"rank": rank, "alpha": alpha, "scaling": scaling, "targets": targets.split(",")}
+    typer.echo(module.describe(module.fine_tune(folder, out, overrides or [], settings), out))
+
+
+@lora.command("merge")
+def lora_merge(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run with adapters")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the run")],
+) -> None:
+    """Write a run with adapters as an ordinary one that starts from the sums."""
+    typer.echo(str(import_module("moe.surgery.lora").merge(folder, out)))
 
 
 @app.command()

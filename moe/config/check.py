@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from moe.config.adapters import adapter_problems
 from moe.config.schema import (
     BpeTokenizer,
     ByteTokenizer,
@@ -39,6 +40,7 @@ def check(run: Run) -> None:
         *_distil(run),
         *_replay(run),
         *_forecast(run),
+        *adapter_problems(run),
     ]
     if problems:
         raise ConfigError(joined(problems))

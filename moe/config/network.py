@@ -7,6 +7,7 @@ from annotated_types import Gt, Le, MinLen
 from pydantic import Discriminator, WithJsonSchema
 
 from moe.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config
+from moe.config.lora import Lora
 
 
 @config
@@ -199,6 +200,8 @@ class Model:
     """Position embedding."""
     moe: MoE | None = None
     """Expert layers, or none for a dense model."""
+    lora: Lora | None = None
+    """Adapters on a base that is frozen, as `moe lora` sets them; none trains every weight."""
     norm_eps: PositiveFloat = 1e-6
     """Added to the mean square inside every RMSNorm."""
     tied_head: bool = False

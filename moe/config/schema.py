@@ -30,6 +30,7 @@ from moe.config.corpus import (
     StdlibSource,
     Tokenizer,
 )
+from moe.config.lora import Lora
 from moe.config.network import (
     Attention,
     Balance,
@@ -86,6 +87,7 @@ __all__ = [
     "LatentAttention",
     "Llama3Scaling",
     "Logging",
+    "Lora",
     "MoE",
     "Model",
     "Muon",

@@ -21,6 +21,7 @@ from moe.config.schema import (
     is_moe_layer,
     layer_experts,
 )
+from moe.cost.adapters import adapters
 
 Number = TypeVar("Number", int, float)
 
@@ -29,7 +30,7 @@ class Part(NamedTuple):
     """One component of a block, or of what surrounds the blocks."""
 
     component: str
-    """embedding, norm, attention, ffn, router, experts, latent, shared or head."""
+    """embedding, norm, attention, ffn, router, experts, latent, shared, lora or head."""
     total: int
     """Parameters."""
     active: int
@@ -86,13 +87,17 @@ def train_flops_per_token(model: Model, sequence_length: int, *, causal_half: bo
     """FLOPs of forward and backward per token: three times the forward.
 
     Each product has two in its backward, for its input and for its weights (or other input); the first block's input
-    needs its gradient too, for the embedding. Recomputation (checkpointing, fused attention) is not counted.
+    needs its gradient too, for the embedding. Recomputation (checkpointing, fused attention) is not counted. Beside
+    adapters, whose base is frozen, only they and the scores have two; the others' weights need no gradient.
     """
-    return 3 * forward_flops_per_token(model, sequence_length, causal_half=causal_half)
+    parts = flops_by_component(model, sequence_length, causal_half=causal_half)
+    if model.lora is None:
+        return 3 * sum(parts.values())
+    return 2 * sum(parts.values()) + parts["scores"] + parts.get("lora", 0.0)
 
 
 def flops_by_component(model: Model, sequence_length: int, *, causal_half: bool = False) -> dict[str, float]:
-    """Forward FLOPs per token of attention, scores, ffn, router, experts, latent, shared and head, where the model has them."""
+    """Forward FLOPs per token of those of attention, scores, ffn, router, experts, latent, shared, lora and head that there are."""
     per_layer = flops_by_layer(model, sequence_length, causal_half=causal_half)
     around = [(part.component, 2 * part.multiplied) for part in _around(model) if part.multiplied]
     return _sum([pair for layer in per_layer for pair in layer.items()] + around)
@@ -129,6 +134,11 @@ def _around(model: Model) -> list[Part]:
 
 
 def _block(model: Model, layer: int) -> list[Part]:
+    total, active, multiplied = adapters(model, layer)
+    return [*_base(model, layer), *([Part("lora", total, active, multiplied)] if total else [])]
+
+
+def _base(model: Model, layer: int) -> list[Part]:
     norms = Part("norm", 2 * model.dim, 2 * model.dim, 0)
     if not is_moe_layer(model, layer):
         return [norms, _attention(model), _swiglu("ffn", model.dim, ffn_hidden(model, layer))]

@@ -55,6 +55,7 @@ class Experts(nn.Module):
     """E SwiGLU feed-forward networks, of width `hidden` or of `widths`; the module's docstring has the parameters.
 
     With an `exchange` (moe/train/sharding.py sets it) this rank holds its share of the experts, and tokens travel.
+    `lora`: what is added to each weight (moe/lora.py sets it).
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Experts(nn.Module):
             raise BackendError(refusal)
         self.backend, self.precision = resolve_backend(backend), precision
         self.exchange: Exchange | None = None
+        self.lora: nn.ModuleDict | None = None
         if self.backend == "triton":
             triton_backend.require_precision(precision)
         if len(set(self.widths)) > 1:
@@ -128,8 +130,11 @@ class Experts(nn.Module):
     def _compute(self, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
         """The backend over this rank's experts."""
         # parts of a cut model, told by their methods (moe/parallel/parts.py)
-        held: list[Any] = list(self.parameters())
-        here = (w.to_local() if hasattr(w, "to_local") else w for w in held)
+        held: dict[str, Any] = dict(self.named_parameters(recurse=False))
+        here = [w.to_local() if hasattr(w, "to_local") else w for w in held.values()]
+        if self.lora is not None:
+            adapters: Any = self.lora
+            here = [adapters[name].added_to(w) for name, w in zip(held, here, strict=True)]
         gate, up, down = (w.to(x_TD.dtype) for w in here)
         options = {} if self.precision == "native" else {"precision": self.precision}
         return BACKENDS[self.backend](x_TD, gate, up, down, dispatch, self.packed, **options)

@@ -21,6 +21,7 @@ from moe.hf.links import Entry, entries
 from moe.hf.shards import Fetch, Files, check_names, iterate_unlinked, read_into, shards_of, write_shards
 from moe.hf.tokenizer import save_tokenizer
 from moe.init import materialise
+from moe.lora import base_name, is_adapter, merged
 from moe.model import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -79,22 +80,27 @@ def export_run(
 ) -> tuple[str, int]:
     """Write a run's newest checkpoint, with its tokenizer; returns the family's name and the checkpoint's step.
 
-    Reads one shard's tensors at a time, so its memory does not grow with the model.
+    Reads one shard's tensors at a time, so its memory does not grow with the model. Adapters are added to their weights.
     """
     run = load_run(run_folder / "run.json")
     saved = checkpoint.newest(run_folder)
     if saved is None:
         raise CheckpointError(f"{run_folder} has no checkpoint: train it until it saves one.")
 
+    stored, lora = checkpoint.stored_names(saved), run.model.lora
+
     def fetch(names: Iterable[str]) -> Mapping[str, Tensor]:
-        return checkpoint.read_tensors(saved, names)
+        if lora is None:
+            return checkpoint.read_tensors(saved, names)
+        wanted = set(names)
+        return merged(checkpoint.read_tensors(saved, [name for name in stored if base_name(name) in wanted]), lora)
 
     chosen = family_of(run.model, family)
     tokenizer = prepare(run.data).tokenizer
     length = run.data.sequence_length
     _write(
         run.model,
-        checkpoint.stored_names(saved),
+        [name for name in stored if not is_adapter(name)],
         fetch,
         folder,
         chosen.model_type,

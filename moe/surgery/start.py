@@ -5,9 +5,9 @@ The optimizer of that checkpoint is as fresh as that of a new run: every average
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from moe.errors import CheckpointError, ConfigError, UserError
 from moe.experts import resolve_backend
 from moe.files import write_json
 from moe.init import materialise
+from moe.lora import merged
 from moe.model import Transformer
 from moe.optim import build_optimizer
 from moe.train import record
@@ -42,14 +43,18 @@ class Source:
         return model_of(self.run, self.tensors)
 
 
-def read_run(folder: Path) -> Source:
-    """Read a run's newest checkpoint. Raises UserError where there is none."""
+def read_run(folder: Path, *, adapters: Literal["merged", "apart"] = "merged") -> Source:
+    """Read a run's newest checkpoint, with the adapters that it may have added to their weights. Raises UserError for none."""
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} holds no run.json: give the folder of a run ('moe import' makes one from an export)")
     run, saved = load(folder / "run.json"), checkpoint.newest(folder)
     if saved is None:
         raise CheckpointError(f"{folder} has no checkpoint: train it until it saves one")
-    return Source(folder, run, saved.step, checkpoint.read_tensors(saved, checkpoint.stored_names(saved)))
+    tensors = checkpoint.read_tensors(saved, checkpoint.stored_names(saved))
+    if run.model.lora is not None and adapters == "merged":
+        tensors = merged(tensors, run.model.lora)
+        run = replace(run, model=replace(run.model, lora=None))
+    return Source(folder, run, saved.step, tensors)
 
 
 def model_of(run: Run, tensors: Mapping[str, Tensor]) -> Transformer:

@@ -17,6 +17,7 @@ from torch import Tensor
 from moe.config.load import dump, load
 from moe.errors import CheckpointError, ConfigError
 from moe.files import write_json, write_whole
+from moe.lora import is_adapter
 from moe.surgery.select import expert_dimension
 from moe.surgery.start import begin_run, read_run
 
@@ -33,7 +34,7 @@ def put(store: Path, name: str, folder: Path) -> dict[str, int]:
     manifest = store / "variants" / f"{name}.json"
     if manifest.exists():
         raise ConfigError(f"{store} has a variant {name!r} already: choose another name")
-    source = read_run(folder)
+    source = read_run(folder, adapters="apart")
     listed, counts = {}, {"shards": 0, "new_shards": 0, "new_bytes": 0}
     for key, tensor in source.tensors.items():
         hashes = []
@@ -55,8 +56,9 @@ def put(store: Path, name: str, folder: Path) -> dict[str, int]:
 
 
 def _shards(name: str, tensor: Tensor) -> list[Tensor]:
-    """One per expert where experts are the first dimension, else the tensor."""
-    return list(tensor.unbind(0)) if ".experts." in name and expert_dimension(name) == 0 else [tensor]
+    """One per expert where experts are the first dimension, else the tensor; adapters, of which no two runs share one, whole."""
+    apart = ".experts." in name and expert_dimension(name) == 0 and not is_adapter(name)
+    return list(tensor.unbind(0)) if apart else [tensor]
 
 
 def read(store: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -104,7 +104,8 @@ def _on_batch(state: State, step: int) -> dict[int, dict[str, Any]]:
             table.add(chosen(one.routing.selection, one.tokens, one.routing.num_experts), one.tokens, source_T)
     norms = {
         layer: state.ranks.sum(total).flatten(1).norm(dim=1).tolist()
-        for layer, total in zip(_router_parameters(state.model), sums, strict=True)
+        for (layer, weight), total in zip(_router_parameters(state.model).items(), sums, strict=True)
+        if weight.requires_grad or state.model.config.lora is None
     }
     return {
         layer: {**_gradient_fields(norms.get(layer)), **table.fields(state)}
@@ -115,9 +116,9 @@ def _on_batch(state: State, step: int) -> dict[int, dict[str, Any]]:
 def _add_gradients(
     sums: list[Tensor], kind: int, loss: Tensor | None, weights: Sequence[Tensor], *, keep: bool
 ) -> None:
-    if loss is None or not loss.requires_grad or not weights:
-        return
     learned = [weight for weight in weights if weight.requires_grad]
+    if loss is None or not loss.requires_grad or not learned:
+        return
     grads = iter(torch.autograd.grad(loss, learned, retain_graph=keep, allow_unused=True))
     for total, weight in zip(sums, weights, strict=True):
         grad = next(grads) if weight.requires_grad else None

@@ -56,6 +56,11 @@ def train(run: Run, out: Path | None = None, notices: Sequence[str] = ()) -> Pat
             )
         if (out / "run.json").is_file():
             return resume(out)
+    if run.model.lora is not None:
+        raise ConfigError(
+            "model.lora trains adapters on weights that are trained already, and this run starts from none: "
+            "use 'moe lora RUN --out DIR', or model.lora=null"
+        )
     with _ranks(run) as ranks:
         folder = Path(ranks.broadcast(str(out if out is not None else record.default_out(run))))
         _check(run, ranks)
@@ -194,14 +199,15 @@ def _set_up(run: Run, ranks: Ranks, console: Console) -> State:
     if ranks.broadcast(corpus.fingerprint) != corpus.fingerprint:
         raise DataError("the corpus changed while the ranks were opening it: start again")
     console.say(corpus.describe())
-    _check_corpus(run, corpus)
+    check_corpus(run, corpus)
     replayer = Replayer(Path(run.logging.replay_routing), run) if run.logging.replay_routing else None
     state = build_state(run, ranks, corpus)
     state.replayer = replayer
     counted = parameters(run.model)
+    adapters = f", {counted.components['lora']:,} trained in adapters" if run.model.lora is not None else ""
     layout = f" ({ranks.layout.describe()})" if ranks.world_size > 1 else ""
     console.say(
-        f"{run.name}: {counted.total:,} parameters, {counted.active:,} active per token; {ranks.world_size} rank(s) on "
+        f"{run.name}: {counted.total:,} parameters, {counted.active:,} active per token{adapters}; {ranks.world_size} rank(s) on "
         f"{ranks.device.type}{layout}, {torch.get_num_threads()} thread(s); expert backend {_backend(run)}"
     )
     if not all(gather_stages(ranks, all(layer.router.causal for _, layer in state.model.moe_layers()))):
@@ -224,7 +230,8 @@ def _set_up(run: Run, ranks: Ranks, console: Console) -> State:
     return state
 
 
-def _check_corpus(run: Run, corpus: Corpus) -> None:
+def check_corpus(run: Run, corpus: Corpus) -> None:
+    """Raise ConfigError where the corpus has more tokens than the model, or fewer validation rows than are evaluated."""
     if corpus.vocab_size > run.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size ({run.model.vocab_size}) must be at least the tokenizer's vocabulary "

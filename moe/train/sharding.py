@@ -206,7 +206,7 @@ def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
     if ranks.layout.tensor > 1 and ranks.mesh is not None:
         # each rank has applied these norms to its own heads
         sum_in_buckets([p.grad for p in _norms_of_heads(model) if p.grad is not None], ranks.mesh.tensor.get_group())
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         if not isinstance(parameter, DTensor) or parameter.device_mesh.mesh_dim_names == ("tensor",):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

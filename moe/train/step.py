@@ -126,8 +126,9 @@ def train_step(state: State, step: int, *, stop: Callable[[], bool] = never, max
     if not skipped:
         clip(model, norm, train.clip_norm)
         state.optimizer.step()
-        for (_, layer), (_, sums) in zip(model.moe_layers(), statistics, strict=True):
-            layer.update(sums)
+        if run.model.lora is None:  # a frozen base keeps its routers' state, too
+            for (_, layer), (_, sums) in zip(model.moe_layers(), statistics, strict=True):
+                layer.update(sums)
     if maxima:
         statistics = list(by_layer(ranks, dict(statistics)).items())
     culprits = culprits if skipped else ()
