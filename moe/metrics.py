@@ -98,7 +98,8 @@ def routing_row(statistics: dict[str, np.ndarray]) -> dict[str, Any]:
 
     statistics: counts_E and kept_E (rows chosen and rows left after drops), share_sum_E, entropy_sum, margin_sum,
     token_sum, logit_square_sum, lse_square_sum, logit_max (moe/balance.py); with expert parallelism sent_bytes and
-    undelivered_rows (moe/parallel/exchange.py).
+    undelivered_rows (moe/parallel/exchange.py). A router with experts that cost nothing (zero, copy, constant) has A > E
+    scores: entropies are over all of them, balance over the E that compute.
     """
     counts_E = statistics["counts_E"].astype(float)
     rows, E = counts_E.sum(), len(counts_E)
@@ -106,7 +107,9 @@ def routing_row(statistics: dict[str, np.ndarray]) -> dict[str, Any]:
     entropy = entropy_of(share_E)
     tokens = max(float(statistics["token_sum"]), 1.0)
     log_E = math.log(E) if E > 1 else 1.0
-    score_E = statistics["share_sum_E"].astype(float) / tokens
+    score_A = statistics["share_sum_E"].astype(float) / tokens
+    log_A = math.log(len(score_A)) if len(score_A) > 1 else 1.0
+    score_E = score_A[:E] * (score_A.sum() / max(score_A[:E].sum(), 1e-30))
     token_entropy = float(statistics["entropy_sum"]) / tokens
     fields = {
         "counts": [int(count) for count in counts_E],
@@ -121,8 +124,8 @@ def routing_row(statistics: dict[str, np.ndarray]) -> dict[str, Any]:
         "dead_experts": int((share_E * E < DEAD_SHARE).sum()),
         "dead_experts_floor": dead_experts_floor(E, rows),
         "drop_rate": float(1 - statistics["kept_E"].sum() / max(rows, 1)) if rows else 0.0,
-        "router_entropy": token_entropy / log_E,
-        "routing_information": max(0.0, entropy_of(score_E) - token_entropy) / log_E,
+        "router_entropy": token_entropy / log_A,
+        "routing_information": max(0.0, entropy_of(score_A) - token_entropy) / log_A,
         "balance_value": float(E * (share_E * score_E).sum()),
         "logit_max": float(statistics["logit_max"]),
         "logit_rms": math.sqrt(float(statistics["logit_square_sum"]) / tokens),

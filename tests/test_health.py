@@ -13,7 +13,7 @@ import torch
 from drills.cases import Case
 from drills.sizes import base
 from rank_cases import ROUTERS, ROWS, UnevenCorpus, run_of
-from tiny_runs import tiny_dict
+from tiny_runs import tiny_dict, tiny_run
 
 from moe.balance import score_statistics
 from moe.config.load import load
@@ -84,6 +84,23 @@ def test_routing_information_is_the_entropy_of_the_mean_less_the_mean_entropy():
     given["entropy_sum"] = -(p_TE * np.log(p_TE)).sum()
     divergence = (p_TE * np.log(p_TE / p_TE.mean(0))).sum(1).mean()
     assert routing_row(given)["routing_information"] == pytest.approx(divergence / math.log(6))
+
+
+def test_scores_of_experts_that_cost_nothing_count_in_entropies_and_not_in_balance():
+    """Two experts and two others with half of the scores: what two experts alone show at balance, and at collapse."""
+    row = routing_row({**statistics([4, 4]), "share_sum_E": np.full(4, 0.25) * 4})
+    assert row["balance_value"] == pytest.approx(1.0)
+    assert row["router_entropy"] == pytest.approx(0.5 / math.log(4))
+    assert row["routing_information"] == pytest.approx(1 - 0.5 / math.log(4))
+    row = routing_row({**statistics([8, 0]), "share_sum_E": np.array([0.3, 0.1, 0.3, 0.3]) * 4})
+    assert row["balance_value"] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("router", ["longcat", "moe_plus_plus"])
+def test_a_run_with_experts_that_cost_nothing_is_trained_logged_and_evaluated(router, tmp_path):
+    train(tiny_run(tmp_path, f"model.moe.router={router}", "logging.routing_every=1"), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "routing.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and all(len(row["counts"]) == 4 and 0 <= row["router_entropy"] <= 1 for row in rows)
 
 
 @pytest.mark.parametrize(("E", "rows"), [(8, 512), (64, 8192), (128, 2048)])
