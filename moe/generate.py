@@ -45,9 +45,11 @@ def next_token(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator
     """Draw one id per row [B] from logits [B, V]."""
     if sampling.temperature == 0:
         return logits_BV.argmax(1)
-    probability_BV, order_BV = (logits_BV / sampling.temperature).softmax(1).sort(dim=1, descending=True)
+    # in float64, and from the largest down: any temperature above 0 has finite quotients or 0 probability
+    far_BV = (logits_BV.double() - logits_BV.double().amax(1, keepdim=True)) / sampling.temperature
+    probability_BV, order_BV = far_BV.softmax(1).sort(dim=1, descending=True)
     before_BV = probability_BV.cumsum(1) - probability_BV
-    kept_BV = probability_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
+    kept_BV = probability_BV.masked_fill((before_BV >= sampling.top_p) & (sampling.top_p < 1), 0.0)
     return order_BV.gather(1, torch.multinomial(kept_BV, 1, generator=generator)).squeeze(1)
 
 
@@ -64,7 +66,7 @@ def stream(
     """Continue rows of equal length [B, S], one `Step` at a time, until every row has ended.
 
     Raises UserError for a router that cannot work token by token: one that looks at later tokens of the row, or at ids before
-    the last.
+    the last; and for logits that are not finite.
     """
     _check(model, ids_BS)
     sampling = sampling or Sampling()
@@ -73,7 +75,13 @@ def stream(
     ended_B = torch.zeros(ids_BS.shape[0], dtype=torch.bool)
     for _ in range(max_new_tokens):
         output = model(ids_BS, cache=cache)
-        token_B = next_token(output.logits_BSV[:, -1].cpu().float(), sampling, generator)
+        assert output.logits_BSV is not None
+        logits_BV = output.logits_BSV[:, -1].cpu().float()
+        if not logits_BV.isfinite().all():
+            raise UserError(
+                f"the model's logits are not finite after {cache[0].length} tokens: its weights are broken, or diverged"
+            )
+        token_B = next_token(logits_BV, sampling, generator)
         if end is not None:
             token_B = token_B.masked_fill(ended_B, end)
             ended_B |= token_B == end
@@ -96,8 +104,9 @@ def _check(model: Transformer, ids_BS: Tensor) -> None:
                 f"the router of layer {layer} chooses by looking at the whole row, later tokens included: it cannot "
                 "choose for a text that is still being written"
             )
-        if getattr(router.config, "ngram", 1) > 1:
-            raise UserError(f"the router of layer {layer} hashes {router.config.ngram} ids, which no cache holds")
+        ngram = getattr(getattr(router, "config", None), "ngram", 1)
+        if ngram > 1:
+            raise UserError(f"the router of layer {layer} hashes {ngram} ids, which no cache holds")
 
 
 def _experts(reports: Sequence[LayerRouting], B: int, S: int) -> list[dict[int, list[int]]]:
@@ -108,6 +117,21 @@ def _experts(reports: Sequence[LayerRouting], B: int, S: int) -> list[dict[int, 
         for row in range(B):
             chosen[row][report.layer] = expert_R[token_R == row * S + S - 1].tolist()
     return chosen
+
+
+def encode_prompt(opened: Opened, prompt: str) -> list[int]:
+    """A prompt's ids; the end-of-text token, which a text starts after, for an empty one.
+
+    Raises UserError for a prompt that is not UTF-8, and for an empty one where the tokenizer has no such token.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt {prompt!r} is not UTF-8 text: give it in UTF-8") from error
+    ids = opened.encode(prompt)
+    if not ids and opened.end is None:
+        raise UserError("an empty prompt needs a tokenizer with an end-of-text token to start from: give some text")
+    return ids or [opened.end or 0]
 
 
 def generate(
@@ -121,28 +145,30 @@ def generate(
 ) -> list[str]:
     """Continue every prompt; prompts of equal length go through the model together.
 
-    `on_text(prompt index, new text, experts)` is called as text appears; bytes that do not yet make a character wait.
+    `on_text(prompt index, new text, experts)` is called for every drawn token, the one that ends a text included; bytes that do
+    not yet make a character wait, and the text is empty then.
     """
-    encoded = [opened.encode(prompt) for prompt in prompts]
-    if any(not ids for ids in encoded) and opened.end is None:
-        raise UserError("an empty prompt needs a tokenizer with an end-of-text token to start from: give some text")
-    encoded = [ids or [opened.end or 0] for ids in encoded]
+    encoded = [encode_prompt(opened, prompt) for prompt in prompts]
     texts = [""] * len(prompts)
     for length in sorted({len(ids) for ids in encoded}):
         rows = [index for index, ids in enumerate(encoded) if len(ids) == length]
-        written: list[list[int]] = [[] for _ in rows]
+        written: dict[int, list[int]] = {index: [] for index in rows}
+        ended: set[int] = set()
         ids_BS = torch.tensor([encoded[index] for index in rows])
-        for step in stream(opened.model, ids_BS, max_new_tokens, sampling=sampling, seed=seed, end=opened.end):
+        steps = stream(opened.model, ids_BS, max_new_tokens, sampling=sampling, seed=seed, end=opened.end)
+        for number, step in enumerate(steps, 1):
             for place, index in enumerate(rows):
+                if index in ended:
+                    continue
                 token = int(step.token_B[place])
                 if token == opened.end:
-                    continue
-                written[place].append(token)
-                text = opened.decode(written[place])
-                if not text.endswith("\ufffd") and len(text) > len(texts[index]):
-                    if on_text is not None:
-                        on_text(index, text[len(texts[index]) :], step.experts_BLK[place])
-                    texts[index] = text
-        for place, index in enumerate(rows):
-            texts[index] = opened.decode(written[place])
+                    ended.add(index)
+                else:
+                    written[index].append(token)
+                text = opened.decode(written[index])
+                if text.endswith("\ufffd") and index not in ended and number < max_new_tokens:
+                    text = texts[index]
+                if on_text is not None:
+                    on_text(index, text[len(texts[index]) :], step.experts_BLK[place])
+                texts[index] = text
     return texts

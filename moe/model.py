@@ -151,14 +151,15 @@ class Transformer(nn.Module):
 
         targets_BS [B, S] (IGNORE for none) asks for the loss: the sum over targets divided by `step_targets`, the number of
         targets of the whole optimizer step (default: of this batch). `replay` has one selection per expert layer. `cache`, one
-        entry per layer, holds the tokens before ids_BS and is extended by it. A stage of a pipeline goes on from the hidden
-        states [B, S, D] and the auxiliary losses of the stage before. `soft` are a teacher's logits: its divergence enters the
-        objective and is reported among the losses, `loss` stays the cross-entropy.
+        entry per layer, holds the tokens before ids_BS and is extended by it; no router drops a token then. A stage of a
+        pipeline goes on from the hidden states [B, S, D] and the auxiliary losses of the stage before. `soft` are a teacher's
+        logits: its divergence enters the objective and is reported among the losses, `loss` stays the cross-entropy.
         """
         past = cache[0].length if cache is not None else 0
         first = past if self.context is None else self.context.first(ids_BS.shape[1])
         position_S = torch.arange(first, first + ids_BS.shape[1], device=ids_BS.device)
         tokens = tokens if tokens is not None else Tokens.of(ids_BS, first_position=first)
+        tokens = replace(tokens, unfinished=True) if cache is not None else tokens
         cos_sin = self.rotary(position_S)
         document_BS = tokens.document_T.view_as(ids_BS) if self.config.document_mask and cache is None else None
         if self.context is not None:

@@ -58,6 +58,8 @@ class Tokens:
     """Set when this micro-batch is all of this rank's share of the step: `global` scope sums its counts with it."""
     sum_over_row: SumOverRanks | None = None
     """Set when other ranks hold other parts of the same rows (parallel.context): sums over those ranks."""
+    unfinished: bool = False
+    """Whether the rows are still being written: capacity, a share of a row's length, is unknown then, and nothing is dropped."""
 
     def over_row(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all parts of the same rows, without gradient; itself where rows are whole."""

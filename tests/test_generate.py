@@ -1,6 +1,7 @@
 """Generation with cached keys and values against the whole forward pass, and against transformers' own generate."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from moe.cli import main
 from moe.config.load import router_config
 from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, MoE, Rotary, Yarn
 from moe.errors import ConfigError, UserError
-from moe.generate import Sampling, next_token, stream
+from moe.generate import Sampling, generate, next_token, stream
 from moe.model import Transformer
+from moe.opened import Opened
 from tests.tiny_runs import tiny_dict
 
 GROUPED = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -80,6 +82,62 @@ def test_greedy_continuations_equal_transformers(family, attention, moe, tmp_pat
     assert torch.equal(torch.stack(found, dim=1), expected[:, 9:])
 
 
+@pytest.mark.parametrize("router", ["switch", "gshard", "st_moe", "topk"])
+def test_nothing_is_dropped_while_a_text_is_written(router):
+    """How many rows an expert takes depends on the length of a row; the reference has no limit, and no cache."""
+    tight = model_of(router=router_config(router, capacity_factor=0.25))
+    free = model_of(router=router_config(router, capacity_factor=0.0))
+    for experts in (layer.router for _, layer in [*tight.moe_layers(), *free.moe_layers()]):
+        if router == "st_moe":
+            experts.config = replace(experts.config, eval_capacity_factor=experts.config.capacity_factor)
+    free.load_state_dict(tight.state_dict())
+    ids = IDS
+    for step in stream(tight, IDS, 4, sampling=Sampling(temperature=0)):
+        with torch.no_grad():
+            assert torch.equal(step.token_B, free(ids).logits_BSV[:, -1].argmax(1))
+            assert not torch.allclose(tight(ids).logits_BSV, free(ids).logits_BSV)
+        ids = torch.cat((ids, step.token_B.unsqueeze(1)), dim=1)
+
+
+@pytest.mark.parametrize("router", ["frozen_random", "random", "hash", "remoe"])
+def test_routers_without_settings_or_rows_continue_like_the_whole_forward_pass(router):
+    model = model_of(router=router_config(router))
+    tokens = torch.stack([s.token_B for s in stream(model, IDS, 3, sampling=Sampling(temperature=0))], 1)
+    with torch.no_grad():
+        assert torch.equal(model(torch.cat((IDS, tokens), 1)).logits_BSV[:, 8:-1].argmax(2), tokens)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 5e-324])
+def test_any_temperature_near_0_takes_the_most_probable_token(temperature):
+    logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    drawn = next_token(logits, Sampling(temperature=temperature), torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, logits.argmax(1))
+
+
+def test_every_token_is_reported_with_its_text_and_its_experts():
+    """Bytes of characters that take up to four of them, some broken: pieces join to the text, the last one included."""
+    model = model_of()
+    opened = Opened(
+        model, lambda text: list(text.encode()), lambda ids: bytes(128 + i for i in ids).decode("utf8", "replace"), 60
+    )
+    pieces = {0: [], 1: [], 2: []}
+    prompts = ["\x01\x02", "\x03\x04", "\x07"]
+    texts = generate(opened, prompts, 20, on_text=lambda i, text, experts: pieces[i].append((text, sorted(experts))))
+    assert ["".join(text for text, _ in of_one) for of_one in pieces.values()] == texts
+    assert max(map(len, pieces.values())) == 20 and all(
+        layers == [1, 2] for one in pieces.values() for _, layers in one
+    )
+    alone = [generate(opened, [prompt], 20, sampling=Sampling(temperature=0))[0] for prompt in prompts]
+    assert generate(opened, prompts, 20, sampling=Sampling(temperature=0)) == alone
+
+
+def test_a_broken_model_is_named_instead_of_drawn_from():
+    model = model_of()
+    torch.nn.init.constant_(model.head.weight, torch.nan)
+    with pytest.raises(UserError, match="not finite after 9 tokens"):
+        next(stream(model, IDS, 2))
+
+
 def test_top_p_keeps_the_smallest_sufficient_set():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4)
     generator = torch.Generator().manual_seed(0)
@@ -138,4 +196,5 @@ def test_the_command_continues_prompts_of_a_run_and_of_its_export(tmp_path, caps
     assert capsys.readouterr().out == first
     assert main(["generate", str(tmp_path / "run"), *prompts, "--show-routing"]) == 0
     assert "experts" in capsys.readouterr().out
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "\udcff"]) == 2
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2

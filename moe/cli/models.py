@@ -257,9 +257,9 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens to add")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token")] = 0.8,
     top_p: Annotated[float, typer.Option(help="draw from the smallest set of this probability")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the draws")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the draws")] = 0,
     show_routing: Annotated[
-        bool, typer.Option(help="one line per piece of text, with its experts in every layer")
+        bool, typer.Option(help="one line per token, with the experts of the one before in every layer")
     ] = False,
 ) -> None:
     """Continue a text, as it is written."""
@@ -267,6 +267,8 @@ def generate(
     sampling = module.Sampling(temperature=temperature, top_p=top_p)
     opened = lazy("moe.opened", "open_model")(folder)
     several = len(prompt) > 1
+    for text in prompt:  # what is refused is refused before anything is printed
+        module.encode_prompt(opened, text)
     if not several and not show_routing:
         typer.echo(prompt[0], nl=False)
 

@@ -138,7 +138,7 @@ def token_choice(
     stays_TK = tokens.valid_T.unsqueeze(1) if keep_TK is None else tokens.valid_T.unsqueeze(1) & keep_TK
     routed_TK = torch.where(stays_TK, expert_TK, num_experts).clamp(max=num_experts)
     kept_TK = routed_TK
-    if capacity_factor > 0:
+    if capacity_factor > 0 and not tokens.unfinished:
         capacity = capacity_of(capacity_factor, T // max(tokens.num_rows, 1), K, num_experts)
         kept_TK = apply_capacity(routed_TK, tokens, num_experts, capacity)
     token_R = torch.arange(T, device=expert_TK.device).repeat_interleave(K)
