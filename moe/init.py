@@ -3,7 +3,8 @@
 | parameter                              | distribution                                                  |
 |----------------------------------------|---------------------------------------------------------------|
 | norms (`*norm*.weight`)                | 1                                                             |
-| biases (`*.bias`), attention sinks     | 0                                                             |
+| biases (`*.bias`, experts' `b_*`),     | 0                                                             |
+| attention sinks                        |                                                               |
 | matrices that write to the residual    | N(0, std / sqrt(2·num_layers)) with depth scaling (GPT-2), so |
 | stream (`out`, `down`, `w_down_EFD`,   | that its variance does not grow with depth                    |
 | `w_down_FD`)                           |                                                               |
@@ -28,7 +29,14 @@ from torch import Tensor, nn
 
 from moe.random import stable_seed
 
+BIASES = ("b_gate_EF", "b_up_EF", "b_down_ED")
+"""Of experts, in the order of their products."""
 RESIDUAL_WRITERS = ("attention.out.weight", ".down.weight", "w_down_EFD", "w_down_FD")
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter of this name holds the biases of experts: vectors, though stacked they are a matrix."""
+    return name.rsplit(".", 1)[-1] in BIASES
 
 
 @contextmanager
@@ -72,7 +80,7 @@ def _fill(parameter: Tensor, name: str, widths: Sequence[int], seed: int, std: f
     """widths: rows of each expert, in a parameter whose letters are FD. Of a sharded parameter this rank's part is filled."""
     leaf = name.rsplit(".", 1)[-1]
     here, shape, window = _window(parameter)
-    if leaf in ("bias", "sink_N", "b_JO", "b_EJO"):
+    if leaf in ("bias", "sink_N", "b_JO", "b_EJO") or is_bias(leaf):
         here.zero_()
     elif "norm" in name.split(".")[-2]:
         here.fill_(1.0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moe.config.lora import Lora, lora_scale
 from moe.experts import Experts
-from moe.init import initialise
+from moe.init import initialise, is_bias
 from moe.moe_layer import Linear
 
 _MARK = ".lora."
@@ -53,7 +53,7 @@ def adapt(model: nn.Module, lora: Lora, *, seed: int, std: float) -> None:
         if _target_of(name) not in lora.targets:
             continue
         if isinstance(module, Experts):
-            stacks = module.named_parameters(recurse=False)
+            stacks = [item for item in module.named_parameters(recurse=False) if not is_bias(item[0])]
             module.lora = nn.ModuleDict(
                 {leaf: LowRank(w.shape[1], w.shape[2], lora, experts=len(w)) for leaf, w in stacks}
             )

@@ -9,6 +9,7 @@ from torch.nn.functional import silu
 from moe.config.load import resolve_router, router_name
 from moe.config.schema import MoE
 from moe.experts import Experts
+from moe.experts.activation import Activation
 from moe.experts.means import output_sums
 from moe.init import initialise, off_meta
 from moe.routing import Counts, Routing, Selection, Tokens
@@ -72,6 +73,8 @@ class MoELayer(nn.Module):
             config.backend,
             widths=config.expert_widths,
             precision=config.precision,
+            activation=Activation(config.activation, config.activation_alpha, config.activation_limit),
+            bias=config.expert_bias,
         )
         self.out_of_latent = Linear(latent, dim, bias=False) if latent else None
         self.router.fused = self.experts.backend in ("triton", "block_sparse")

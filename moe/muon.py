@@ -22,6 +22,7 @@ from torch.optim.adamw import adamw
 
 from moe.config.schema import Muon as Config
 from moe.experts import Experts
+from moe.init import is_bias
 from moe.routing import Router
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -49,8 +50,8 @@ class Muon(Optimizer):
             id(parameter): module.widths
             for module in model.modules()
             if isinstance(module, Experts)
-            for parameter in module.parameters()
-            if parameter.ndim == 2
+            for name, parameter in module.named_parameters()
+            if parameter.ndim == 2 and not is_bias(name)
         }
         super().__init__(muon_groups(model, config.weight_decay), {"lr": config.lr})
 
@@ -120,8 +121,8 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     }
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[int, float], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        is_matrix = parameter.ndim >= 2
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and not is_bias(name)
         decay = weight_decay if is_matrix and id(parameter) not in embeddings else 0.0
         groups.setdefault((int(is_matrix and id(parameter) not in by_adamw), decay), []).append(parameter)
     assert sum(map(len, groups.values())) == len(list(model.parameters()))

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe.config.schema import AdamW, Muon
+from moe.init import is_bias
 from moe.muon import Muon as MuonOptimizer
 from moe.parallel import Ranks
 from moe.parallel.parts import copies, part_here
@@ -17,9 +18,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
-    for parameter in (p for p in model.parameters() if p.requires_grad):
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+        decays = parameter.ndim >= 2 and not is_bias(name) and id(parameter) not in embeddings
         groups.setdefault((mesh, decays), []).append(parameter)
     assert {id(p) for g in groups.values() for p in g} == {id(p) for p in model.parameters() if p.requires_grad}
     ordered = sorted(groups.items(), key=lambda item: not item[0][1])  # matrices first

@@ -223,7 +223,9 @@ def _feed_forward(model: Model, layer: int) -> str:
     latent = f" in latent {moe.latent_dim}" if moe.latent_dim else ""
     widths = expert_widths(moe)
     width = str(widths[0]) if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}"
-    return f"{moe.top_k} of {moe.num_experts} experts of {width}{latent}{shared}"
+    kind = f" {moe.activation}" if moe.activation != "swiglu" else ""
+    biased = " with biases" if moe.expert_bias else ""
+    return f"{moe.top_k} of {moe.num_experts}{kind} experts of {width}{biased}{latent}{shared}"
 
 
 def _idle(model: Model, layer: int, counts: dict[str, int]) -> int:

@@ -107,7 +107,7 @@ def _experts(rng: random.Random, values: Values, family: str) -> Values:
         return {}
     more["num_local_experts" if family in ("mixtral", "gpt_oss") else "num_experts"] = E
     if family == "gpt_oss":
-        more |= {"swiglu_alpha": rng.choice([1.0, 1.0, 1.702]), "swiglu_limit": rng.choice([1e30, 1e30, 7.0, 0.5])}
+        more |= {"swiglu_alpha": rng.choice([1.0, 1.702, 1.702]), "swiglu_limit": rng.choice([1e30, 7.0, 7.0, 0.5])}
     if family not in ("mixtral", "gpt_oss"):
         more["norm_topk_prob"] = rng.random() < 0.5
     if family.startswith("qwen"):

@@ -89,8 +89,10 @@ def shaped(run: Run, layout: Parallel, attention: str, documents: bool = True) -
     """A run with this attention; for tensor ranks with heads that they can share, a dense layer and a shared expert."""
     attentions = SHARED_HEADS if layout.tensor > 1 else ATTENTIONS
     moe = run.model.moe
+    assert moe is not None
+    if attention == "windows and sinks":  # gpt-oss's, and so are its experts; the limit is one that is reached
+        moe = replace(moe, activation="swiglu_oai", activation_limit=0.5, expert_bias=True)
     if layout.tensor > 1:
-        assert moe is not None
         moe = replace(moe, shared_hidden=12, shared_gate=True, first_dense=1)
     return replace(run, model=replace(run.model, moe=moe, attention=attentions[attention], document_mask=documents))
 

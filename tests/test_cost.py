@@ -86,6 +86,7 @@ MODELS = {
     "all experts": model(moe=replace(EXPERTS, top_k=4)),
     "all experts, of different widths": model(moe=replace(EXPERTS, top_k=4, expert_widths=(8, 24, 40, 17))),
     "loss free": model(moe=replace(EXPERTS, router=LossFree())),
+    "gpt-oss's experts": model(moe=replace(EXPERTS, activation="swiglu_oai", expert_bias=True)),
     "hash": model(moe=replace(EXPERTS, router=Hash())),
     "expert choice": model(moe=replace(EXPERTS, router=ExpertChoice(capacity_factor=0.5))),
 }
@@ -323,7 +324,7 @@ def saved_for_backward(config: Model, dtype: torch.dtype, rows: int, length: int
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["dense", "head norms", "latent", "experts", "widths", "shared"])
+@pytest.mark.parametrize("name", ["dense", "head norms", "latent", "experts", "widths", "shared", "clamps and biases"])
 def test_activation_memory_is_what_autograd_saves_to_ten_percent(name, precision):
     attention = GroupedQueryAttention(num_heads=6, num_kv_heads=3, head_dim=16)
     moe = MoE(num_experts=8, top_k=2, expert_hidden=40, router=TopK(), backend="torch")
@@ -334,6 +335,7 @@ def test_activation_memory_is_what_autograd_saves_to_ten_percent(name, precision
         "latent": replace(base, attention=replace(LATENT, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=24)),
         "experts": replace(base, moe=moe),
         "widths": replace(base, moe=replace(moe, expert_widths=(16, 24, 40, 40, 40, 72, 8, 56))),
+        "clamps and biases": replace(base, moe=replace(moe, activation="swiglu_oai", expert_bias=True)),
         "shared": replace(base, moe=replace(moe, shared_hidden=64, shared_gate=True, first_dense=1)),
     }[name]
     run = replace(run_of(config, precision=precision), data=Data(sequence_length=128))

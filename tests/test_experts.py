@@ -12,6 +12,8 @@ from torch.nn.functional import silu
 
 from moe.errors import BackendError
 from moe.experts import BACKENDS, Experts, resolve_backend
+from moe.experts.activation import Activation
+from moe.init import BIASES
 from moe.routing import Dispatch, Routing, Selection, plan
 
 SHAPES = {
@@ -24,6 +26,8 @@ SHAPES = {
     (1, 8, 8, 1, 1): "one of each",
 }
 RUNNABLE = ("reference", "torch")  # triton's own tests run it under its interpreter
+CLAMPED = Activation("swiglu_oai", alpha=1.3, limit=0.8)
+"""Inputs are of unit scale: this limit cuts off a fifth of the gates and two fifths of what they multiply."""
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
@@ -43,10 +47,18 @@ def routing_of(T: int, E: int, K: int, kind: str = "uniform") -> Routing:
     return Routing(token_R, expert_R, weight_R, torch.arange(T + 1) * K, E, Selection(token_R, expert_R))
 
 
+def clamped(gate: Tensor, up: Tensor) -> Tensor:
+    """gpt-oss's activation with CLAMPED's settings, written with the places that it clamps."""
+    gate = torch.where(gate > CLAMPED.limit, CLAMPED.limit, gate)
+    up = torch.where(up.abs() > CLAMPED.limit, CLAMPED.limit * up.detach().sign(), up)
+    return (up + 1) * gate / (1 + torch.exp(-CLAMPED.alpha * gate))
+
+
 def plain(x: Tensor, experts: Experts, dispatch: Dispatch) -> Tensor:
     """The same formula, written with masks instead of rows, at x's own type."""
     # everything takes part with factor 0, so that gradients exist even without rows
     y = 0 * x + 0 * (dispatch.weight_P.sum() + sum(w.sum() for w in experts.parameters())).to(x.dtype)
+    biases = [getattr(experts, name, None) for name in BIASES]
     bounds = dispatch.offsets_E1.tolist()
     for e in range(len(bounds) - 1):
         for p in range(bounds[e], bounds[e + 1]):
@@ -56,7 +68,9 @@ def plain(x: Tensor, experts: Experts, dispatch: Dispatch) -> Tensor:
             w_gate, w_up, w_down = (
                 w[e].to(x.dtype) for w in (experts.w_gate_EDF, experts.w_up_EDF, experts.w_down_EFD)
             )
-            out = (silu(row @ w_gate) * (row @ w_up)) @ w_down
+            b_gate, b_up, b_down = (b[e].to(x.dtype) if b is not None else 0 for b in biases)
+            gate, up = row @ w_gate + b_gate, row @ w_up + b_up
+            out = (clamped(gate, up) if experts.activation == CLAMPED else silu(gate) * up) @ w_down + b_down
             y = y.index_add(
                 0, dispatch.token_P[p : p + 1], (out if dispatch.weight_on == "input" else out * scale)[None]
             )
@@ -75,12 +89,12 @@ def run(function, x: Tensor, experts: Experts, routing: Routing, dy: Tensor) -> 
     return {"y": y.detach(), "x": x.grad, "weight_R": weight_R.grad, **grads}
 
 
-def build(T: int, D: int, F: int, E: int, dtype: torch.dtype) -> tuple[Tensor, Experts, Tensor]:
+def build(T: int, D: int, F: int, E: int, dtype: torch.dtype, **options) -> tuple[Tensor, Experts, Tensor]:
     """Inputs of unit scale, so that outputs are too."""
-    experts = Experts(E, D, F).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    experts = Experts(E, D, F, **options).to(torch.float64 if dtype == torch.float64 else torch.float32)
     with torch.no_grad():
-        for weight in experts.parameters():
-            weight.copy_(torch.randn(weight.shape) / weight.shape[1] ** 0.5)
+        for name, weight in experts.named_parameters():
+            weight.copy_(torch.randn(weight.shape) / (1 if name in BIASES else weight.shape[1] ** 0.5))
     return torch.randn(T, D).to(dtype), experts, torch.randn(T, D)
 
 
@@ -102,8 +116,30 @@ def backend(name: str):
     [*((shape, "uniform") for shape in SHAPES), *(((33, 13, 7, 7, 3), k) for k in ("one", "empty", "nowhere"))],
 )
 def test_values_and_gradients_agree_with_the_reference(name, dtype, weight_on, shape, kind):
+    agree(name, dtype, weight_on, shape, kind)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["f64", "f32", "bf16"])
+@pytest.mark.parametrize(
+    ("shape", "kind", "weight_on", "options"),
+    [
+        ((33, 13, 7, 7, 3), "uniform", "output", {"bias": True, "activation": CLAMPED}),
+        ((33, 13, 7, 7, 3), "empty", "input", {"bias": True, "activation": CLAMPED}),
+        ((20, 8, 8, 3, 3), "nowhere", "output", {"bias": True}),
+        ((64, 16, 24, 4, 1), "uniform", "input", {"activation": CLAMPED}),
+        ((0, 8, 8, 4, 2), "uniform", "output", {"bias": True, "activation": CLAMPED}),
+    ],
+    ids=["gpt-oss", "gpt-oss on the input", "biases", "clamps", "no tokens"],
+)
+def test_clamps_and_biases_agree_with_the_plain_formula(name, dtype, shape, kind, weight_on, options):
+    agree(name, dtype, weight_on, shape, kind, **options)
+
+
+def agree(name: str, dtype: torch.dtype, weight_on: str, shape: tuple[int, ...], kind: str, **options) -> None:
+    """Hold a backend's values and gradients to the criterion."""
     T, D, F, E, K = shape
-    x, experts, dy = build(T, D, F, E, dtype)
+    x, experts, dy = build(T, D, F, E, dtype, **options)
     routing = Routing(**{**vars(routing_of(T, E, K, kind)), "weight_on": weight_on})
     exact = run(plain, x.double(), copy.deepcopy(experts).double(), routing, dy)
     ours = run(backend(name), x, experts, routing, dy)
@@ -174,30 +210,45 @@ def test_nothing_is_kept_without_gradient():
     dispatch = plan(routing_of(8, 4, 2))
     with torch.no_grad():
         out = torch.ops.moe_lab.expert_ffn(
-            x, *experts.parameters(), dispatch.token_P, dispatch.weight_P, dispatch.offsets_E1, [8] * 4, False, False
+            x,
+            *experts.parameters(),
+            *[None] * 3,
+            dispatch.token_P,
+            dispatch.weight_P,
+            dispatch.offsets_E1,
+            [8] * 4,
+            False,
+            False,
+            *Activation(),
         )
     assert out[1].numel() == out[2].numel() == 0
 
 
-def test_operator_contract():
-    x, experts, _ = build(9, 8, 6, 3, torch.float64)
+@pytest.mark.parametrize("options", [{}, {"bias": True, "activation": CLAMPED}], ids=["plain", "gpt-oss"])
+def test_operator_contract(options):
+    x, experts, _ = build(9, 8, 6, 3, torch.float64, **options)
     dispatch = plan(routing_of(9, 3, 2))
     arguments = (
         x.requires_grad_(),
         *experts.parameters(),
+        *([] if options else [None] * 3),
         dispatch.token_P,
         dispatch.weight_P.double().requires_grad_(),
     )
-    torch.library.opcheck(torch.ops.moe_lab.expert_ffn, (*arguments, dispatch.offsets_E1, [6] * 3, False, True))
+    rule = (dispatch.offsets_E1, [6] * 3, False, True, *experts.activation)
+    torch.library.opcheck(torch.ops.moe_lab.expert_ffn, (*arguments, *rule))
 
 
-def test_gradcheck():
-    x, experts, _ = build(5, 4, 3, 3, torch.float64)
+@pytest.mark.parametrize("options", [{}, {"bias": True, "activation": CLAMPED}], ids=["plain", "gpt-oss"])
+def test_gradcheck(options):
+    x, experts, _ = build(5, 4, 3, 3, torch.float64, **options)
     dispatch = plan(routing_of(5, 3, 2))
 
-    def function(x, w_gate, w_up, w_down, weight_P):
+    def function(x, w_gate, w_up, w_down, *others):
+        *biases, weight_P = others
+        rule = {"biases": tuple(biases), "activation": experts.activation} if biases else {}
         fields = {**vars(dispatch), "weight_P": weight_P}
-        return BACKENDS["torch"](x, w_gate, w_up, w_down, Dispatch(**fields))
+        return BACKENDS["torch"](x, w_gate, w_up, w_down, Dispatch(**fields), **rule)
 
     inputs = [t.detach().clone().requires_grad_() for t in (x, *experts.parameters(), dispatch.weight_P.double())]
     assert torch.autograd.gradcheck(function, inputs)
@@ -239,3 +290,44 @@ def test_the_reference_rounds_operands_to_8_bits_and_others_refuse(precision):
         Experts(3, 8, 6, "torch", precision=precision)
     with pytest.raises(BackendError, match="experts of one width, and these have 2: use precision=native"):
         Experts(2, 8, 0, "reference", widths=(4, 6), precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((3, 8, 6, "block_sparse"), {"bias": True}, "computes SwiGLU without biases.*expert_bias=true: use 'triton'"),
+        ((3, 8, 6, "block_sparse"), {"activation": CLAMPED}, "activation=swiglu_oai: use 'triton'"),
+        ((3, 8, 6, "reference"), {"bias": True, "precision": "fp8_row"}, "'fp8_row' is for SwiGLU without biases"),
+        (
+            (2, 8, 0, "torch"),
+            {"bias": True, "widths": (4, 6)},
+            r"one width.* 2 have 2, from 4 to 6: use expert_widths=\[\]",
+        ),
+    ],
+    ids=["biases", "clamps", "precision", "widths"],
+)
+def test_what_cannot_take_biases_or_clamps_says_so(arguments, options, message):
+    with pytest.raises(BackendError, match=message):
+        Experts(*arguments, **options)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_clamped_experts_of_different_widths_are_each_their_own(name):
+    """Packed experts of widths 3 and 5, each against a stack of one expert."""
+    packed = Experts(2, 8, 0, name, widths=(3, 5), activation=CLAMPED)
+    x, start, total = torch.randn(9, 8), 0, torch.zeros(9, 8)
+    with torch.no_grad():
+        for weight in packed.parameters():
+            weight.copy_(torch.randn(weight.shape))
+    routing = routing_of(9, 2, 2)
+    for e, width in enumerate(packed.widths):
+        one = Experts(1, 8, width, "reference", activation=CLAMPED)
+        rows = slice(start, start + width)
+        start += width
+        gate, up, down = (w.detach()[rows] for w in packed.parameters())
+        one.load_state_dict({"w_gate_EDF": gate.t()[None], "w_up_EDF": up.t()[None], "w_down_EFD": down[None]})
+        kept = torch.where(routing.expert_R == e, 0, 1)
+        weight_R = torch.where(kept == 0, routing.weight_R, 0.0)
+        alone = Routing(**{**vars(routing), "expert_R": kept, "weight_R": weight_R, "num_experts": 1})
+        total += one(x, plan(alone)).detach()
+    torch.testing.assert_close(packed(x, plan(routing)).detach(), total)

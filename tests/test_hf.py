@@ -52,8 +52,7 @@ YARN = {
 GPT_OSS = {
     **SMALL,
     "head_dim": 8,
-    "swiglu_alpha": 1.0,
-    "swiglu_limit": 1e30,
+    "swiglu_limit": 0.7,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
 THEIRS = {
@@ -125,9 +124,12 @@ THEIRS = {
             "attention_bias": False,
             "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
             "sliding_window": 7,
+            "swiglu_alpha": 1.2,
+            "swiglu_limit": 7.0,
             "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0},
         },
     ),
+    "gpt_oss, SwiGLU": ("gpt_oss", {**GPT_OSS, "num_local_experts": 4, "swiglu_alpha": 1.0, "swiglu_limit": 1e30}),
     "llama": ("llama", {**SMALL, "rms_norm_eps": 1e-5}),
     "llama, biased, tied": ("llama", {**SMALL, "attention_bias": True, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**SMALL, "head_dim": 16}),
@@ -144,7 +146,7 @@ def theirs(case: str, folder, dtype=torch.float32):
         for name, tensor in model.state_dict().items():
             centre = 1.0 if "norm" in name else 0.0
             tensor.copy_(centre + 0.3 * torch.randn(tensor.shape))
-            if name.endswith("_proj_bias"):  # gpt-oss's experts: the biases that make them SwiGLU
+            if name.endswith("_proj_bias") and case == "gpt_oss, SwiGLU":  # the biases that make them SwiGLU
                 tensor.zero_()
                 if name.endswith("gate_up_proj_bias"):
                     tensor[:, 1::2] = -1.0
@@ -245,11 +247,12 @@ WRONG = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "transposed", "twice"])
-def test_a_damaged_tensor_is_named(damage, tmp_path):
-    theirs("olmoe", tmp_path)
+@pytest.mark.parametrize("case", ["olmoe", "gpt_oss"])
+def test_a_damaged_tensor_is_named(damage, case, tmp_path):
+    theirs(case, tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    name = WRONG
+    name = WRONG if case == "olmoe" else "model.layers.1.mlp.experts.gate_up_proj_bias"
     if damage == "missing":
         del tensors[name]
     elif damage == "unknown":
@@ -265,8 +268,8 @@ def test_a_damaged_tensor_is_named(damage, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gate_up_proj_bias", "down_proj_bias"])
-def test_biases_of_gpt_oss_experts_that_we_do_not_model_are_named(name, tmp_path):
-    theirs("gpt_oss", tmp_path)
+def test_biases_that_no_swiglu_has_are_named_where_the_limit_says_it_is_one(name, tmp_path):
+    theirs("gpt_oss, SwiGLU", tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     tensors[f"model.layers.1.mlp.experts.{name}"][2, 3] = 0.5
@@ -291,8 +294,9 @@ def test_biases_of_gpt_oss_experts_that_we_do_not_model_are_named(name, tmp_path
         ("olmoe", {"clip_qkv": 0.0}, "clip_qkv=0.0"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("qwen3", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "sliding_window=None"),
-        ("gpt_oss", {"swiglu_alpha": 1.702}, "swiglu_alpha=1.702"),
-        ("gpt_oss", {"swiglu_limit": 7.0}, "swiglu_limit=7.0"),
+        ("gpt_oss", {"swiglu_alpha": -1.0}, "swiglu_alpha=-1.0"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit=0.0"),
+        ("gpt_oss", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, "leave no expert layer"),
         ("deepseek_v3", {"surprise": 1}, "surprise=1"),
         ("llama", {"model_type": "gpt2"}, "model_type 'gpt2'"),
@@ -306,6 +310,9 @@ def test_what_is_not_modelled_is_refused_by_name(case, change, says, tmp_path):
         hf.load(tmp_path)
 
 
+FOUR: dict = {"num_experts": 4, "top_k": 2, "expert_hidden": 24, "router": router_config("topk")}
+
+
 def ours(**changes) -> Model:
     """A model in Mixtral's form, but for the changes."""
     settings: dict = {
@@ -314,7 +321,7 @@ def ours(**changes) -> Model:
         "num_layers": 2,
         "ffn_hidden": 24,
         "attention": GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8),
-        "moe": MoE(num_experts=4, top_k=2, expert_hidden=24, router=router_config("topk")),
+        "moe": MoE(**FOUR),
     }
     return Model(**{**settings, **changes})
 
@@ -340,6 +347,16 @@ def ours(**changes) -> Model:
             {"moe": MoE(num_experts=2, top_k=1, expert_hidden=8, latent_dim=16, router=router_config("switch"))},
             "auto",
             r"moe.latent_dim=16",
+        ),
+        ({"moe": MoE(**FOUR, activation="swiglu_oai")}, "mixtral", r"moe.activation=swiglu_oai \(SwiGLU there\)"),
+        ({"moe": MoE(**FOUR, expert_bias=True)}, "mixtral", r"moe.expert_bias=true \(none there\)"),
+        (
+            {
+                "attention": GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8, sinks=True),
+                "moe": MoE(**{**FOUR, "router": router_config("gpt_oss")}, expert_bias=True),
+            },
+            "gpt_oss",
+            "moe.expert_bias=true with activation=swiglu",
         ),
         ({"rotary": Rotary(fraction=0.5)}, "auto", "rotary.fraction=0.5"),
         ({"moe": None}, "mixtral", "a dense model"),
@@ -394,3 +411,18 @@ def test_a_trained_run_is_exported_with_its_tokenizer(tmp_path, ids):
     assert main(["export", str(run), "--out", str(tmp_path / "hf")]) == 2, "the folder is not empty"
     assert main(["export", str(run), "--out", str(tmp_path / "no"), "--family", "llama"]) == 2
     assert not (tmp_path / "no").exists()
+
+
+@torch.no_grad()
+def test_clamped_experts_without_biases_are_gpt_oss_with_zeros(tmp_path, ids):
+    """Files of gpt-oss always have biases: what is read back has them too, and the same logits."""
+    attention = GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8, sinks=True)
+    experts = MoE(**{**FOUR, "router": router_config("gpt_oss")}, activation="swiglu_oai", activation_limit=0.01)
+    model = Transformer(ours(attention=attention, moe=experts, init_std=0.3)).eval()
+    hf.save(model, tmp_path / "out", family="gpt_oss")
+    again = hf.load(tmp_path / "out")
+    assert again.config.moe is not None and again.config.moe.expert_bias
+    assert float(again.get_parameter("layers.0.moe.experts.b_up_EF").abs().max()) == 0
+    their = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    close(again(ids).logits_BSV, model(ids).logits_BSV, 1e-6)
+    close(their(ids).logits, model(ids).logits_BSV, 1e-5)

@@ -7,10 +7,15 @@ kernel ever reads or keeps it. Gated activations take (gate, up); the others tak
 import triton
 import triton.language as tl
 
-GATED_ACTIVATIONS: tuple[str, ...] = ("swiglu", "geglu")
-"""silu(gate) · up and gelu(gate) · up, with the exact gelu."""
+GATED_ACTIVATIONS: tuple[str, ...] = ("swiglu", "geglu", "swiglu_oai")
+"""silu(gate) · up; gelu(gate) · up, with the exact gelu; and (u + 1) · g · sigmoid(alpha · g), with g = min(gate, limit) and
+u = up clamped to ±limit (gpt-oss)."""
 PLAIN_ACTIVATIONS: tuple[str, ...] = ("relu2", "gelu", "silu")
 """relu(up)², gelu(up), silu(up)."""
+
+
+_ALPHA, _LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)
+"""For kernels that have another activation and pass none."""
 
 
 @triton.jit
@@ -46,9 +51,30 @@ def _function(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """The hidden value of a tile: f(gate) · up, or f(up)."""
-    if GATED:
+def _clamped(x, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """x within bounds, and NaN where it is NaN, which a minimum would hide."""
+    x = tl.where(x > HIGH, HIGH, x)
+    return tl.where(x < LOW, LOW, x)
+
+
+@triton.jit
+def _sigmoid_gate(gate, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """(v, dv/dgate) of v = g·σ(alpha·g): σ + alpha·v·(1 - σ), and 0 beyond the limit."""
+    g = tl.where(gate > LIMIT, LIMIT, gate)
+    sigmoid = tl.sigmoid(ALPHA * g)
+    value = g * sigmoid
+    return value, tl.where(gate > LIMIT, 0.0, sigmoid + ALPHA * value * (1 - sigmoid))
+
+
+@triton.jit
+def activate(
+    gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr = _ALPHA, LIMIT: tl.constexpr = _LIMIT
+):
+    """The hidden value of a tile: f(gate) · up, or f(up); ALPHA and LIMIT are of swiglu_oai."""
+    if ACTIVATION == "swiglu_oai":
+        value, _ = _sigmoid_gate(gate, ALPHA, LIMIT)  # pyright: ignore[reportGeneralTypeIssues]
+        return value * (_clamped(up, -LIMIT, LIMIT) + 1)
+    elif GATED:
         value, _ = _function(gate, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues]
         return value * up
     else:
@@ -57,9 +83,21 @@ def activate(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
 
 
 @triton.jit
-def activate_bwd(gate, up, dhidden, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+def activate_bwd(
+    gate,
+    up,
+    dhidden,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr = _ALPHA,
+    LIMIT: tl.constexpr = _LIMIT,
+):
     """(hidden, dgate, dup): d(f(g)·u) = f'(g)·u dg + f(g) du; without a gate dup = f'(up)·dhidden and dgate is unused."""
-    if GATED:
+    if ACTIVATION == "swiglu_oai":
+        value, slope = _sigmoid_gate(gate, ALPHA, LIMIT)  # pyright: ignore[reportGeneralTypeIssues]
+        raised = _clamped(up, -LIMIT, LIMIT) + 1
+        return value * raised, dhidden * raised * slope, tl.where(tl.abs(up) > LIMIT, 0.0, dhidden * value)
+    elif GATED:
         value, slope = _function(gate, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues]
         return value * up, dhidden * up * slope, dhidden * value
     else:

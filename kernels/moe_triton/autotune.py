@@ -24,6 +24,7 @@ from moe_triton.down import down
 from moe_triton.hidden_backward import hidden_bwd
 from moe_triton.input_backward import input_bwd
 from moe_triton.plan import routing_plan
+from moe_triton.reference import ALPHA, LIMIT
 from moe_triton.roofline import Shape
 from moe_triton.runtime import target
 from moe_triton.tiles import Weights
@@ -88,7 +89,7 @@ def runs(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> dict
     weights = Weights(tensors["w_gate_EDF"], tensors["w_up_EDF"], tensors["w_down_EFD"])
     rows = (tensors["token_R"], tensors["expert_R"], tensors["token_offsets"])
     plan = routing_plan(*rows, num_experts=shape.E)
-    rule: dict[str, Any] = {"activation": "swiglu", "weigh_input": False}
+    rule: dict[str, Any] = {"activation": "swiglu", "alpha": ALPHA, "limit": LIMIT, "weigh_input": False}
     gate, up_, hidden = up(x_TD, weights, weight_R, plan, keep=True, **rule)
     dgate, dup, weighted, _ = hidden_bwd(x_TD, gate, up_, weights, weight_R, plan, **rule)
     into = {name: torch.empty_like(value) for name, value in weights._asdict().items() if value is not None}

@@ -19,6 +19,7 @@ from moe_triton.hidden_backward import hidden_bwd, row_weight_bwd
 from moe_triton.input_backward import input_bwd
 from moe_triton.low_precision.ffn import fp8_ffn
 from moe_triton.plan import RoutingPlan, routing_plan
+from moe_triton.reference import ALPHA, LIMIT
 from moe_triton.tiles import Weights
 from moe_triton.up import up
 from moe_triton.weight_backward import w_down_bwd, w_up_bwd
@@ -42,6 +43,8 @@ def _forward(
     schedule: Tensor,
     tile_rows: int,
     activation: str,
+    alpha: float,
+    limit: float,
     weigh_input: bool,
     keep: bool,
     gradient_dtype: torch.dtype,
@@ -49,9 +52,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = Weights(w_gate_EDF, w_up_EDF, w_down_EFD, b_gate_EF, b_up_EF, b_down_ED)
     plan = RoutingPlan(token_P, row_P, reverse_R, offsets_E1, token_offsets, schedule, tile_rows)
-    gate_PF, up_PF, hidden_PF = up(
-        x_TD, weights, weight_R, plan, activation=activation, weigh_input=weigh_input, keep=keep
-    )
+    rule = {"activation": activation, "alpha": alpha, "limit": limit, "weigh_input": weigh_input}
+    gate_PF, up_PF, hidden_PF = up(x_TD, weights, weight_R, plan, keep=keep, **rule)
     out_PD = down(hidden_PF, weights, plan)
     return combine(out_PD, None if weigh_input else weight_R, plan), gate_PF, up_PF
 
@@ -84,6 +86,8 @@ def _gradients(
     main_gradients: list[Tensor],
     tile_rows: int,
     activation: str,
+    alpha: float,
+    limit: float,
     weigh_input: bool,
     kept: bool,
     gradient_dtype: torch.dtype,
@@ -94,7 +98,7 @@ def _gradients(
 ) -> list[Tensor]:
     weights = Weights(w_gate_EDF, w_up_EDF, w_down_EFD, b_gate_EF, b_up_EF, b_down_ED)
     plan = RoutingPlan(token_P, row_P, reverse_R, offsets_E1, token_offsets, schedule, tile_rows)
-    rule = {"activation": activation, "weigh_input": weigh_input}
+    rule = {"activation": activation, "alpha": alpha, "limit": limit, "weigh_input": weigh_input}
     if not kept:
         gate_PF, up_PF, _ = up(x_TD, weights, weight_R, plan, keep=True, **rule)
     dgate_PF, dup_PF, weighted_PF, parts = hidden_bwd(dy_TD, gate_PF, up_PF, weights, weight_R, plan, **rule)
@@ -152,7 +156,10 @@ _backward_into.register_fake(_gradients_fake)
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # the kept pre-activations have no gradient: zeros of their size must not be made
-    *tensors, ctx.tile_rows, ctx.activation, ctx.weigh_input, ctx.kept, ctx.gradient_dtype, main_gradients = inputs
+    *tensors, ctx.tile_rows, activation, alpha, limit, ctx.weigh_input, ctx.kept, ctx.gradient_dtype, main_gradients = (
+        inputs
+    )
+    ctx.activation = (activation, alpha, limit)
     # Aliases with a version of their own: main gradients change between forward and backward, and that is what they are for.
     ctx.main_gradients = [gradient.data for gradient in main_gradients]
     ctx.save_for_backward(*tensors, *output[1:])
@@ -160,7 +167,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, dy_TD, _dgate, _dup):
     if dy_TD is None:
-        return (*[None] * 19, [None] * len(ctx.main_gradients))
+        return (*[None] * 21, [None] * len(ctx.main_gradients))
     want_x, *want, want_weight = ctx.needs_input_grad[:8]
     want_up, want_down = any(want[i] for i in (0, 1, 3, 4)), want[2] or want[5]
     backward = _backward_into if ctx.main_gradients else _backward
@@ -169,7 +176,7 @@ def _autograd(ctx, dy_TD, _dgate, _dup):
         *ctx.saved_tensors,
         ctx.main_gradients,
         ctx.tile_rows,
-        ctx.activation,
+        *ctx.activation,
         ctx.weigh_input,
         ctx.kept,
         ctx.gradient_dtype,
@@ -183,7 +190,7 @@ def _autograd(ctx, dy_TD, _dgate, _dup):
     )
     if ctx.main_gradients:
         of_weights = [None] * len(of_weights)
-    return (dx_TD, *of_weights, dweight_R, *[None] * 11, [None] * len(ctx.main_gradients))
+    return (dx_TD, *of_weights, dweight_R, *[None] * 13, [None] * len(ctx.main_gradients))
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -221,6 +228,8 @@ def planned_ffn(
     plan: RoutingPlan,
     *,
     activation: str = "swiglu",
+    alpha: float = ALPHA,
+    limit: float = LIMIT,
     weight_on: Literal["output", "input"] = "output",
     recompute: Literal["activation", "hidden"] = "activation",
     gradient_dtype: torch.dtype | None = None,
@@ -240,9 +249,10 @@ def planned_ffn(
     differentiable = (x_TD, weight_R, *(w for w in weights if w is not None))
     keep = recompute == "activation" and torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     if precision != "native":
-        if weight_on == "input" or main_gradients is not None:
+        if weight_on == "input" or main_gradients is not None or activation == "swiglu_oai":
             raise ValueError(
-                f"precision {precision!r} takes weight_on='output' and no main_gradients: use precision='native'"
+                f"precision {precision!r} takes weight_on='output', no main_gradients and no activation 'swiglu_oai': use "
+                "precision='native'"
             )
         options = {"precision": precision, "activation": activation, "keep": keep, "gradient_dtype": gradient_dtype}
         return fp8_ffn(x_TD, weights, weight_R, plan, **options)
@@ -258,6 +268,8 @@ def planned_ffn(
         plan.schedule,
         plan.tile_rows,
         activation,
+        alpha,
+        limit,
         weight_on == "input",
         keep,
         gradient_dtype or x_TD.dtype,
@@ -277,6 +289,8 @@ def expert_ffn(
     *,
     num_experts: int,
     activation: str = "swiglu",
+    alpha: float = ALPHA,
+    limit: float = LIMIT,
     b_gate_EF: Tensor | None = None,
     b_up_EF: Tensor | None = None,
     b_down_ED: Tensor | None = None,
@@ -291,13 +305,13 @@ def expert_ffn(
 
     x_TD [T, D]; w_gate_EDF, w_up_EDF [E, D, F], w_down_EFD [E, F, D], biases [E, F] and [E, D], all of x_TD's type (float16,
     bfloat16, float32; sums are float32). Rows in ascending token order: token_R, expert_R [R] int, expert E for a row that
-    goes nowhere; weight_R [R] float32; token_offsets [T+1] int. Gradients: x, weights, biases, weight_R. Activations: swiglu
-    and geglu with w_gate_EDF, relu2, gelu and silu without. weight_on "input" multiplies x by the row's weight instead of the
-    expert's output. recompute "hidden" keeps x only and computes the pre-activations again. gradient_dtype: type in which
-    the weights' gradients are written; autograd casts it back unless the parameter's `grad_dtype` allows it. capacity, with
-    tokens_per_group: rows that an expert takes from each group of tokens; later ones add exactly nothing to any result.
-    precision: 8-bit products forward and for the gradient of x (moe_triton.low_precision), without biases and with weight_on
-    "output".
+    goes nowhere; weight_R [R] float32; token_offsets [T+1] int. Gradients: x, weights, biases, weight_R. Activations: swiglu,
+    geglu and swiglu_oai (with alpha and limit) with w_gate_EDF, relu2, gelu and silu without. weight_on "input" multiplies x
+    by the row's weight instead of the expert's output. recompute "hidden" keeps x only and computes the pre-activations
+    again. gradient_dtype: type in which the weights' gradients are written; autograd casts it back unless the parameter's
+    `grad_dtype` allows it. capacity, with tokens_per_group: rows that an expert takes from each group of tokens; later ones
+    add exactly nothing to any result. precision: 8-bit products forward and for the gradient of x (moe_triton.low_precision),
+    without biases and with weight_on "output".
     """
     limits = {"capacity": capacity, "tokens_per_group": tokens_per_group}
     plan = routing_plan(token_R, expert_R, token_offsets, num_experts=num_experts, **limits)
@@ -308,6 +322,8 @@ def expert_ffn(
         weight_R,
         plan,
         activation=activation,
+        alpha=alpha,
+        limit=limit,
         weight_on=weight_on,
         recompute=recompute,
         gradient_dtype=gradient_dtype,
@@ -324,6 +340,7 @@ def compile_cases() -> list[CompileCase]:
     return [
         case("swiglu"),
         case("geglu_biased", activation="geglu", biased=True),
+        case("swiglu_oai_biased", activation="swiglu_oai", biased=True),
         case("relu2_biased_input", activation="relu2", biased=True, weight_on="input"),
         case("recompute_hidden_float32_gradients", OPS[4:], recompute="hidden", gradient_dtype=torch.float32),
     ]

@@ -34,6 +34,8 @@ def _epilogue(
     weighted_ptr,
     F: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     GATED: tl.constexpr,
     WEIGH_INPUT: tl.constexpr,
     MASKED: tl.constexpr,
@@ -45,7 +47,7 @@ def _epilogue(
     gate = up
     if GATED:
         gate = tl.load(gate_ptr + at, mask=in_slice, other=0).to(dhidden.dtype)
-    hidden, dgate, dup = activate_bwd(gate, up, dhidden, ACTIVATION, GATED)
+    hidden, dgate, dup = activate_bwd(gate, up, dhidden, ACTIVATION, GATED, ALPHA, LIMIT)
     dweight = tl.sum(dhidden * hidden, axis=1)
     if not WEIGH_INPUT:
         hidden *= weight[:, None]
@@ -79,6 +81,8 @@ def hidden_bwd_kernel(
     D: tl.constexpr,
     F: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
     WEIGH_INPUT: tl.constexpr,
@@ -143,6 +147,8 @@ def hidden_bwd_kernel(
             weighted_ptr,
             F,
             ACTIVATION,
+            ALPHA,
+            LIMIT,
             GATED,
             WEIGH_INPUT,
             BLOCK_N,
@@ -182,6 +188,8 @@ def hidden_bwd(
     plan: RoutingPlan,
     *,
     activation: str,
+    alpha: float,
+    limit: float,
     weigh_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dgate_PF, dup_PF, weighted_PF, parts): weighted is s·A, and the sum of `parts` [tiles of F, P] over its first dim is ds.
@@ -215,6 +223,8 @@ def hidden_bwd(
         D=D,
         F=F,
         ACTIVATION=activation,
+        ALPHA=alpha,
+        LIMIT=limit,
         GATED=activation in GATED_ACTIVATIONS,
         BIASED=weights.b_down_ED is not None and not weigh_input,
         WEIGH_INPUT=weigh_input,

@@ -10,9 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu, softplus
 
+ALPHA, LIMIT = 1.702, 7.0
+"""Of swiglu_oai, as gpt-oss has them."""
+
+
+def swiglu_oai(gate: Tensor, up: Tensor, alpha: float = ALPHA, limit: float = LIMIT) -> Tensor:
+    """(u + 1)·g·sigmoid(alpha·g), with g = min(gate, limit) and u = up clamped to ±limit (gpt-oss, arXiv 2508.10925)."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * (alpha * gate).sigmoid()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor | None, Tensor], Tensor]] = {
     "swiglu": lambda gate, up: silu(_given(gate)) * up,
     "geglu": lambda gate, up: gelu(_given(gate)) * up,
+    "swiglu_oai": lambda gate, up: swiglu_oai(_given(gate), up),
     "relu2": lambda gate, up: relu(up).square(),
     "gelu": lambda gate, up: gelu(up),
     "silu": lambda gate, up: silu(up),
@@ -36,6 +47,8 @@ def expert_ffn(
     *,
     weight_on: str = "output",
     activation: str = "swiglu",
+    alpha: float = ALPHA,
+    limit: float = LIMIT,
     b_gate_EF: Tensor | None = None,
     b_up_EF: Tensor | None = None,
     b_down_ED: Tensor | None = None,
@@ -46,8 +59,9 @@ def expert_ffn(
     Args: x_TD [T, D]; expert weights [E, D, F], [E, D, F], [E, F, D], biases [E, F], [E, F], [E, D]; rows in expert order:
     token_P [P] int64, weight_P [P] float; rows of expert e are offsets_E1[e] : offsets_E1[e+1], and rows past the last offset
     go nowhere. weight_on "input" multiplies x_t by the weight before the expert instead of its output after. Other
-    activations: ACTIVATIONS. precision "fp8_row" or "fp8_block" rounds the operands of the products, and of those of the rows'
-    gradients, to what e4m3 and its scales can say (`rounded`). Returns y_TD, x_TD's type.
+    activations: ACTIVATIONS; alpha and limit are of swiglu_oai. precision "fp8_row" or "fp8_block" rounds the operands of
+    the products, and of those of the rows' gradients, to what e4m3 and its scales can say (`rounded`). Returns y_TD, x_TD's
+    type.
     """
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
     x, w_up, w_down, weight = (t.to(dtype) for t in (x_TD, w_up_EDF, w_down_EFD, weight_P))
@@ -61,8 +75,11 @@ def expert_ffn(
             rows = rows * scale
         w_gate = [] if w_gate_EDF is None else [w_gate_EDF[expert].to(dtype)]
         *gates, up = _products(rows, [*w_gate, w_up[expert]], precision)
-        gate = _biased(gates[0], b_gate_EF, expert) if gates else None
-        hidden = ACTIVATIONS[activation](gate, _biased(up, b_up_EF, expert))
+        gate, up = _biased(gates[0], b_gate_EF, expert) if gates else None, _biased(up, b_up_EF, expert)
+        if activation == "swiglu_oai":
+            hidden = swiglu_oai(_given(gate), up, alpha, limit)
+        else:
+            hidden = ACTIVATIONS[activation](gate, up)
         # Rounded products take s·a for s·(a·W): the same, as scales absorb s, and the gradient of s is <dA, a> with dA rounded
         early = precision != "native" and weight_on == "output"
         (out,) = _products(hidden * scale if early else hidden, [w_down[expert]], precision)

@@ -44,6 +44,8 @@ def up_fwd_kernel(
     D: tl.constexpr,
     F: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
     WEIGH_INPUT: tl.constexpr,
@@ -114,7 +116,7 @@ def up_fwd_kernel(
                     if GATED:
                         tl.store(gate_ptr + first * F + at, gates[i], mask=in_slice)
                     tl.store(up_ptr + first * F + at, ups[i], mask=in_slice)
-                hidden = activate(gates[i], ups[i], ACTIVATION, GATED)
+                hidden = activate(gates[i], ups[i], ACTIVATION, GATED, ALPHA, LIMIT)
                 tl.store(hidden_ptr + first * F + at, hidden, mask=in_slice)
 
 
@@ -125,6 +127,8 @@ def up(
     plan: RoutingPlan,
     *,
     activation: str,
+    alpha: float,
+    limit: float,
     weigh_input: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,6 +161,8 @@ def up(
         D=D,
         F=F,
         ACTIVATION=activation,
+        ALPHA=alpha,
+        LIMIT=limit,
         GATED=gated,
         BIASED=weights.b_up_EF is not None,
         WEIGH_INPUT=weigh_input,

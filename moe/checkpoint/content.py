@@ -80,8 +80,8 @@ def tiling_error(name: str, size: Sequence[int], boxes: Sequence[Box]) -> str:
 
 
 def _is_expert_tensor(name: str) -> bool:
-    """Whether the first dimension counts experts: `experts.w_up_EDF`, or its optimizer state."""
-    return re.search(r"experts\.w_\w+_E[A-Z]+(\.|$)", name) is not None
+    """Whether the first dimension counts experts: `experts.w_up_EDF`, `experts.b_up_EF`, or its optimizer state."""
+    return re.search(r"experts\.[wb]_\w+_E[A-Z]+(\.|$)", name) is not None
 
 
 def _overlap(a: Box, b: Box) -> bool:

@@ -208,10 +208,49 @@ def expert_problems(moe: MoE) -> Iterator[str]:
     refusal = low_precision(moe.backend, moe.precision, expert_widths(moe))
     if refusal:
         yield f"model.moe.precision: {refusal}"
+    yield from _activation(moe)
     try:
         moe.router.check(num_experts=moe.num_experts, top_k=moe.top_k)
     except ConfigError as error:
         yield f"model.moe.router: {error}"
+
+
+def _activation(moe: MoE) -> Iterator[str]:
+    """The activation of the experts, its settings, and biases."""
+    for name in ("activation_alpha", "activation_limit"):
+        value, unset = getattr(moe, name), MoE.__dataclass_fields__[name].default
+        if moe.activation == "swiglu" and value != unset:
+            yield (
+                f"model.moe.{name} ({value:g}) has no effect with activation=swiglu: "
+                f"use model.moe.activation=swiglu_oai, or {name}={unset}"
+            )
+    refusal = biased_experts(
+        moe.backend, moe.precision, expert_widths(moe), activation=moe.activation, bias=moe.expert_bias
+    )
+    if refusal:
+        yield f"model.moe: {refusal}"
+
+
+def biased_experts(backend: str, precision: str, widths: Sequence[int], *, activation: str, bias: bool) -> str:
+    """Why an expert backend cannot compute this activation or these biases; empty if it can."""
+    if activation == "swiglu" and not bias:
+        return ""
+    wanted = f"activation={activation}" if activation != "swiglu" else "expert_bias=true"
+    if backend == "block_sparse":
+        return (
+            f"expert backend 'block_sparse' computes SwiGLU without biases, and the experts have {wanted}: use 'triton' "
+            "(a GPU), 'torch' or 'reference'"
+        )
+    if precision != "native":
+        return (
+            f"precision '{precision}' is for SwiGLU without biases, and the experts have {wanted}: use precision=native"
+        )
+    if bias and len(set(widths)) > 1:
+        return (
+            f"expert_bias needs experts of one width, and these {len(widths)} have {len(set(widths))}, from {min(widths)} to "
+            f"{max(widths)}: use expert_widths=[], or expert_bias=false"
+        )
+    return ""
 
 
 def unequal_widths(backend: str, widths: Sequence[int]) -> str:

@@ -159,6 +159,15 @@ class MoE:
     """F, hidden size of one routed expert."""
     expert_widths: tuple[PositiveInt, ...] = ()
     """F of each routed expert, when they differ (expert_hidden is unused then); empty: expert_hidden everywhere."""
+    activation: Literal["swiglu", "swiglu_oai"] = "swiglu"
+    """Of routed experts: silu(g)·u, or gpt-oss's (u' + 1)·g'·sigmoid(alpha·g'), with g' = min(g, limit) and u' = u clamped to
+    ±limit. Shared experts and dense layers are SwiGLU always."""
+    activation_alpha: PositiveFloat = 1.702
+    """alpha of swiglu_oai."""
+    activation_limit: PositiveFloat = 7.0
+    """limit of swiglu_oai."""
+    expert_bias: bool = False
+    """A bias of each of a routed expert's three products (gpt-oss)."""
     shared_hidden: NonNegativeInt = 0
     """Hidden size of the shared expert that every token passes; 0 for none."""
     shared_gate: bool = False

@@ -123,6 +123,14 @@ def vectors_by_layer(model: Model) -> tuple[int, ...]:
     )
 
 
+def expert_biases(model: Model, layer: int) -> int:
+    """Parameters in the biases of block `layer`'s routed experts."""
+    if not is_moe_layer(model, layer):
+        return 0
+    moe = layer_experts(model, layer)
+    return moe.expert_bias * (2 * sum(expert_widths(moe)) + moe.num_experts * expert_dim(model))
+
+
 def _around(model: Model) -> list[Part]:
     embedding = model.vocab_size * model.dim
     head = 0 if model.tied_head else embedding
@@ -145,12 +153,17 @@ def _base(model: Model, layer: int) -> list[Part]:
     moe = layer_experts(model, layer)
     router = moe.router.parameters(dim=model.dim, num_experts=moe.num_experts, top_k=moe.top_k)
     rows = moe.router.rows_per_token(num_experts=moe.num_experts, top_k=moe.top_k)
-    experts = 3 * expert_dim(model) * sum(expert_widths(moe))
+    experts, biases = 3 * expert_dim(model) * sum(expert_widths(moe)), expert_biases(model, layer)
     parts = [
         norms,
         _attention(model),
         Part("router", router, router, router),
-        Part("experts", experts, round(moe.top_k * experts / moe.num_experts), rows * (experts / moe.num_experts)),
+        Part(
+            "experts",
+            experts + biases,
+            round(moe.top_k * (experts + biases) / moe.num_experts),
+            rows * (experts / moe.num_experts),
+        ),
     ]
     if moe.latent_dim:
         parts.append(Part("latent", *(2 * model.dim * moe.latent_dim,) * 3))

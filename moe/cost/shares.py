@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from moe.config.layout import Layout
 from moe.config.schema import LatentAttention, Model, Run, balances, is_moe_layer
-from moe.cost.counting import Parameters, parameters, vectors_by_layer
+from moe.cost.counting import Parameters, expert_biases, parameters, vectors_by_layer
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class Held:
     whole: int
     """In vectors and the router: on every rank of the stage (moe/train/sharding.py)."""
     experts: int
+    """In the matrices of routed experts."""
+    expert_biases: int = 0
+    """In their biases: those of a rank's experts are whole there."""
 
     def matrices_on(self, tensor: int) -> float:
         """Elements of the matrices on one of so many tensor ranks."""
@@ -64,7 +67,8 @@ def stage_parameters(model: Model, blocks: range) -> tuple[Held, ...]:
     for layer in blocks:
         parts = counts.layers[layer]
         experts, whole = parts.get("experts", 0), parts.get("router", 0) + vectors[layer]
-        held.append(Held(layer, sum(parts.values()) - whole - experts, _alike(model, layer), whole, experts))
+        matrices, biases = sum(parts.values()) - whole - experts, expert_biases(model, layer)
+        held.append(Held(layer, matrices, _alike(model, layer), whole, experts - biases, biases))
     first, last = blocks.start == 0, blocks.stop == model.num_layers
     matrices = counts.components["embedding"] * (first or (last and model.tied_head))
     matrices += last * counts.components["head"]
@@ -86,4 +90,5 @@ def parameters_per_rank(layout: Layout, held: tuple[Held, ...]) -> float:
     """Parameters that a rank keeps, with their gradients and optimizer states."""
     matrices = sum(part.matrices_on(layout.tensor) for part in held) / layout.dense_shards
     experts = sum(part.experts for part in held) / (layout.expert * layout.expert_shard)
-    return matrices + sum(part.whole for part in held) + experts
+    biases = sum(part.expert_biases for part in held) / layout.expert
+    return matrices + sum(part.whole for part in held) + experts + biases

@@ -117,7 +117,7 @@ def _expert_tensors(model: Model) -> int:
     moe = model.moe
     assert moe is not None
     router = moe.router.parameters(dim=model.dim, num_experts=moe.num_experts, top_k=moe.top_k) > 0
-    return 3 + router + 3 * (moe.shared_hidden > 0) + moe.shared_gate + 2 * (moe.latent_dim > 0)
+    return 3 + 3 * moe.expert_bias + router + 3 * (moe.shared_hidden > 0) + moe.shared_gate + 2 * (moe.latent_dim > 0)
 
 
 def process_bytes(run: Run) -> int:

@@ -160,7 +160,9 @@ def _replicated(run: Run, layout: Layout, blocks: range) -> Iterable[Transfer]:
     ranks = layout.stage_ranks // layout.tensor
     matrices = FLOAT32 * sum(part.matrices_on(layout.tensor) for part in held) / layout.dense_shards
     experts = FLOAT32 * sum(part.experts for part in held) / (layout.expert * layout.expert_shard)
-    whole = FLOAT32 * sum(part.whole for part in held)
+    biases = FLOAT32 * sum(part.expert_biases for part in held) / layout.expert
+    whole = FLOAT32 * sum(part.whole for part in held) + (biases if layout.expert == 1 else 0)
+    experts += biases if layout.expert > 1 and layout.expert_shard == 1 else 0
     buckets = math.ceil(whole / BUCKET_BYTES)
     yield _ring("vectors and routers, summed", "all_reduce", ranks, layout.tensor, buckets, 2 * whole)
     n, stride = ranks // layout.dense_shards, layout.dense_shards * layout.tensor
@@ -171,6 +173,10 @@ def _replicated(run: Run, layout: Layout, blocks: range) -> Iterable[Transfer]:
     calls = passes * len(held) if layout.expert_shard > 1 else math.ceil(experts / BUCKET_BYTES)
     times = passes if layout.expert_shard > 1 else 1
     yield _ring("experts' gradients, summed over copies", "all_reduce", n, stride, calls, 2 * times * experts)
+    if biases and layout.expert > 1 and layout.expert_shard > 1:
+        calls = math.ceil(biases / BUCKET_BYTES)
+        for ranks, step in ((n, stride), (layout.expert_shard, layout.expert * layout.tensor)):
+            yield _ring("experts' biases, summed", "all_reduce", ranks, step, calls, 2 * biases)
 
 
 def _ring(purpose: str, operation: Operation, n: int, stride: int, calls: int, size: float) -> Transfer:

@@ -8,6 +8,8 @@ that cannot run raises and names one that can, and `auto` is resolved once (`res
 | of one width F | [E, D, F], [E, D, F], [E, F, D] | `w_gate_EDF`, `w_up_EDF`, `w_down_EFD` |
 | of different widths, F their sum | [F, D] each, expert after expert | `w_gate_FD`, `w_up_FD`, `w_down_FD` |
 
+With `bias`, one for each product: `b_gate_EF` [E, F], `b_up_EF` [E, F], `b_down_ED` [E, D]; of experts of one width only.
+
 Row f of the packed three is one hidden unit: its weights from x to gate and up, and from hidden to y. Expert e has the
 rows from Σ widths[:e] to Σ widths[:e+1], so that a slice of rows is an expert, whatever its width.
 """
@@ -18,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.config.check import low_precision, unequal_widths
+from moe.config.check import biased_experts, low_precision, unequal_widths
 from moe.errors import BackendError
 from moe.experts import block_sparse_backend, reference, torch_backend, triton_backend
+from moe.experts.activation import Activation
+from moe.init import BIASES, is_bias
 from moe.parallel.exchange import Arrival, Exchange
 from moe.routing import Dispatch, Routing, plan
 from moe_triton.block_sizes import block_of
@@ -29,8 +33,9 @@ from moe_triton.block_sparse import PackedExperts
 _INDICES = ("first_block_E1", "expert_C", "column_bounds")
 """Buffers that hold a PackedExperts on the device of the weights; they follow from the widths, and no checkpoint has them."""
 Backend = Callable[..., Tensor]
-"""(x, gate, up, down, dispatch, packed) to y, and precision= where it is not native. packed: widths and blocks of packed
-weights; None where they are stacked, except for `block_sparse`, which always needs blocks."""
+"""(x, gate, up, down, dispatch, packed) to y, and precision=, activation= or biases= where they are not native, SwiGLU or
+none. packed: widths and blocks of packed weights; None where they are stacked, except for `block_sparse`, which always
+needs blocks."""
 BACKENDS: dict[str, Backend] = {
     "reference": reference.expert_ffn,
     "torch": torch_backend.expert_ffn,
@@ -52,7 +57,7 @@ def resolve_backend(name: str) -> str:
 
 
 class Experts(nn.Module):
-    """E SwiGLU feed-forward networks, of width `hidden` or of `widths`; the module's docstring has the parameters.
+    """E gated feed-forward networks, of width `hidden` or of `widths`; the module's docstring has the parameters.
 
     With an `exchange` (moe/train/sharding.py sets it) this rank holds its share of the experts, and tokens travel.
     `lora`: what is added to each weight (moe/lora.py sets it).
@@ -67,10 +72,17 @@ class Experts(nn.Module):
         *,
         widths: Sequence[int] = (),
         precision: str = "native",
+        activation: Activation | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.widths = tuple(widths) or (hidden,) * num_experts
-        refusal = unequal_widths(backend, self.widths) or low_precision(backend, precision, self.widths)
+        self.activation = activation or Activation()
+        refusal = (
+            unequal_widths(backend, self.widths)
+            or low_precision(backend, precision, self.widths)
+            or biased_experts(backend, precision, self.widths, activation=self.activation.name, bias=bias)
+        )
         if refusal:
             raise BackendError(refusal)
         self.backend, self.precision = resolve_backend(backend), precision
@@ -88,6 +100,10 @@ class Experts(nn.Module):
             self.w_gate_EDF = nn.Parameter(torch.empty(num_experts, dim, F))
             self.w_up_EDF = nn.Parameter(torch.empty(num_experts, dim, F))
             self.w_down_EFD = nn.Parameter(torch.empty(num_experts, F, dim))
+        if bias:
+            self.b_gate_EF = nn.Parameter(torch.empty(num_experts, F))
+            self.b_up_EF = nn.Parameter(torch.empty(num_experts, F))
+            self.b_down_ED = nn.Parameter(torch.empty(num_experts, dim))
         if len(set(self.widths)) > 1 or self.backend == "block_sparse":
             # on the CPU, even where the default device is meta: buffers hold values
             packed = PackedExperts.of(self.widths, block_of(self.widths))
@@ -131,10 +147,16 @@ class Experts(nn.Module):
         """The backend over this rank's experts."""
         # parts of a cut model, told by their methods (moe/parallel/parts.py)
         held: dict[str, Any] = dict(self.named_parameters(recurse=False))
-        here = [w.to_local() if hasattr(w, "to_local") else w for w in held.values()]
+        here = {name: w.to_local() if hasattr(w, "to_local") else w for name, w in held.items()}
         if self.lora is not None:
             adapters: Any = self.lora
-            here = [adapters[name].added_to(w) for name, w in zip(held, here, strict=True)]
-        gate, up, down = (w.to(x_TD.dtype) for w in here)
-        options = {} if self.precision == "native" else {"precision": self.precision}
+            here = {name: w if is_bias(name) else adapters[name].added_to(w) for name, w in here.items()}
+        gate, up, down = (w.to(x_TD.dtype) for name, w in here.items() if not is_bias(name))
+        options: dict[str, Any] = {}
+        if self.precision != "native":
+            options["precision"] = self.precision
+        if self.activation.name != "swiglu":
+            options["activation"] = self.activation
+        if BIASES[0] in here:
+            options["biases"] = tuple(here[name].to(x_TD.dtype) for name in BIASES)
         return BACKENDS[self.backend](x_TD, gate, up, down, dispatch, self.packed, **options)

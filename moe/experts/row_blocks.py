@@ -108,13 +108,18 @@ class Scratch:
         return whole
 
 
-def multiply(rows: Tensor, span: Span, matrix: Tensor, out: Tensor) -> None:
-    """out = rows @ matrix in a span's rows, and anything in the spare ones after them, where `out` has those."""
-    _, start, end, spare = span
+def multiply(rows: Tensor, span: Span, matrix: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """out = rows @ matrix in a span's rows, and anything in the spare ones after them, where `out` has those.
+
+    With `bias` [E, columns] the expert's row of it is added.
+    """
+    expert, start, end, spare = span
     if end + spare <= out.shape[0]:
         torch.mm(rows[start : end + spare], matrix, out=out[start : end + spare])
     else:
         out[start:end] = torch.mm(rows[start : end + spare], matrix)[: end - start]
+    if bias is not None:
+        out[start:end] += bias[expert]
 
 
 def sum_over_rows(left: Tensor, right: Tensor, span: Span, lead: int, out: Tensor) -> None:

@@ -14,20 +14,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moe.experts.activation import Activation, activate, gate_values, input_gradients, multiplied
 from moe.experts.row_blocks import Block, Scratch, TokenSums, blocks_of, clear, multiply, sum_over_rows
 from moe.routing import Dispatch
 from moe_triton.block_sparse import PackedExperts
 
-_silu, _silu_backward = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
 _Matrices = list[tuple[Tensor, Tensor, Tensor]]
 
 
 def expert_ffn(
-    x_TD: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dispatch: Dispatch, packed: PackedExperts | None = None
+    x_TD: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    dispatch: Dispatch,
+    packed: PackedExperts | None = None,
+    activation: Activation | None = None,
+    biases: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Apply the experts and sum their weighted outputs per token: y_TD, of x_TD's type. Weights stacked or packed."""
+    """Apply the experts and sum their weighted outputs per token: y_TD, of x_TD's type. Weights stacked or packed.
+
+    Biases [E, F], [E, F] and [E, D], of stacked weights only.
+    """
     weights = (w_gate, w_up, w_down)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, dispatch.weight_P, *weights))
+    learned = (x_TD, dispatch.weight_P, *weights, *(biases or ()))
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in learned)
     on_input = dispatch.weight_on == "input"
     rows = (dispatch.token_P, dispatch.weight_P, dispatch.offsets_E1)
     if w_up.ndim == 3:
@@ -35,7 +46,8 @@ def expert_ffn(
     else:
         assert packed is not None, "packed weights need their widths"
         widths = list(packed.widths)
-    return _forward(x_TD, *weights, *rows, widths, on_input, keep)[0]
+    kind = activation or Activation()
+    return _forward(x_TD, *weights, *(biases or (None, None, None)), *rows, widths, on_input, keep, *kind)[0]
 
 
 def _matrices(w_gate: Tensor, w_up: Tensor, w_down: Tensor, widths: Sequence[int]) -> _Matrices:
@@ -52,14 +64,20 @@ def _forward(
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
     token_P: Tensor,
     weight_P: Tensor,
     offsets_E1: Tensor,
     widths: Sequence[int],
     on_input: bool,
     keep: bool,
+    activation: str,
+    alpha: float,
+    limit: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = blocks_of(x_TD, offsets_E1, widths)
+    blocks, kind = blocks_of(x_TD, offsets_E1, widths), Activation(activation, alpha, limit)
     matrices, scratch = _matrices(w_gate, w_up, w_down, widths), Scratch(x_TD, blocks)
     sums = TokenSums(x_TD, token_P, blocks, scratch)
     shape = (token_P.shape[0] if keep else 0, max(widths))
@@ -82,25 +100,27 @@ def _forward(
             gate, up = (scratch.body(name, n, block.width) for name in ("gate", "up"))
         hidden, out = scratch.body("hidden", n, block.width), sums.rows(block)
         for span in block.spans:
-            multiply(x, span, matrices[span.expert][0], gate)
-            multiply(x, span, matrices[span.expert][1], up)
-        _silu(gate[:n], out=hidden[:n]).mul_(up[:n])
+            multiply(x, span, matrices[span.expert][0], gate, b_gate)
+            multiply(x, span, matrices[span.expert][1], up, b_up)
+        activate(kind, gate[:n], up[:n], hidden[:n], scratch.body("spare", n, block.width)[:n])
         for span in block.spans:
-            multiply(hidden, span, matrices[span.expert][2], out)
+            multiply(hidden, span, matrices[span.expert][2], out, b_down)
         sums.add(block, None if on_input else scale)
     return sums.total(), gate_PF, up_PF
 
 
 @_forward.register_fake
-def _(x_TD, w_gate, w_up, w_down, token_P, weight_P, offsets_E1, widths, on_input, keep):
+def _(x_TD, w_gate, w_up, w_down, b_gate, b_up, b_down, token_P, weight_P, offsets_E1, widths, on_input, keep, *_kind):
     shape = (token_P.shape[0] if keep else 0, max(widths))
     return torch.empty_like(x_TD), x_TD.new_empty(shape), x_TD.new_empty(shape)
 
 
 def _hidden_gradients(
+    kind: Activation,
     block: Block,
     scratch: Scratch,
     matrices: _Matrices,
+    b_down: Tensor | None,
     dy: Tensor,
     kept: tuple[Tensor, Tensor],
     scale: Tensor | None,
@@ -115,14 +135,16 @@ def _hidden_gradients(
     hidden, act, dhidden = (whole[lead : lead + n] for whole in wholes)
     for span in block.spans:
         multiply(dy[lead:], span, matrices[span.expert][2].t(), wholes[2][lead:])
-    torch.mul(_silu(gate, out=act), up, out=hidden)
+    spare = scratch.body("spare", n, block.width)[:n]
+    multiplied(kind, gate_values(kind, gate, act, spare), up, hidden)
     if scale is not None:
-        product = torch.mul(dhidden, hidden, out=scratch.body("product", n, block.width)[:n])
-        torch.sum(product, 1, dtype=dweight.dtype, out=dweight)
+        torch.sum(torch.mul(dhidden, hidden, out=spare), 1, dtype=dweight.dtype, out=dweight)
+        if b_down is not None:
+            for expert, start, end, _ in block.spans:
+                dweight[start:end] += (dy[lead:][start:end].to(dweight.dtype) * b_down[expert]).sum(1)
         dhidden.mul_(scale)
         dy[lead : lead + n].mul_(scale)
-    act.mul_(dhidden)
-    _silu_backward(dhidden.mul_(up), gate, grad_input=dhidden)
+    input_gradients(kind, gate, up, act, dhidden, spare)
     return wholes[0], wholes[1], wholes[2]
 
 
@@ -135,14 +157,22 @@ def _backward(
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
     token_P: Tensor,
     weight_P: Tensor,
     offsets_E1: Tensor,
     widths: Sequence[int],
     on_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    activation: str,
+    alpha: float,
+    limit: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dweight_P = torch.zeros_like(weight_P)
-    blocks = blocks_of(x_TD, offsets_E1, widths)
+    blocks, kind = blocks_of(x_TD, offsets_E1, widths), Activation(activation, alpha, limit)
+    # an operator cannot give None
+    db_gate, db_up, db_down = (x_TD.new_empty(0) if b is None else torch.zeros_like(b) for b in (b_gate, b_up, b_down))
     dw_gate, dw_up, dw_down = (torch.empty_like(w) for w in (w_gate, w_up, w_down))
     matrices, gradients = _matrices(w_gate, w_up, w_down, widths), _matrices(dw_gate, dw_up, dw_down, widths)
     for e in set(range(len(widths))) - {span.expert for block in blocks for span in block.spans}:
@@ -159,7 +189,7 @@ def _backward(
         first += size
         x, dy = scratch.gather("x", x_TD, token), scratch.gather("dy", dy_TD, token)
         hidden, dup, dgate = _hidden_gradients(
-            block, scratch, matrices, dy, (gate, up), None if on_input else scale, dweight_P[rows]
+            kind, block, scratch, matrices, b_down, dy, (gate, up), None if on_input else scale, dweight_P[rows]
         )
         seen, dx = x, sums.rows(block)
         if on_input:
@@ -172,6 +202,9 @@ def _backward(
             sum_over_rows(hidden, dy, span, lead, dmatrix_down)
             sum_over_rows(seen, dgate, span, lead, dmatrix_gate)
             sum_over_rows(seen, dup, span, lead, dmatrix_up)
+            if b_down is not None:
+                for whole, gradient in ((dgate, db_gate), (dup, db_up), (dy, db_down)):
+                    torch.sum(whole[lead:][span.start : span.end], 0, out=gradient[span.expert])
             multiply(dgate[lead:], span, matrix_gate.t(), dx)
             reach = slice(span.start, span.end + span.spare)
             dx[reach].addmm_(dup[lead:][reach], matrix_up.t())
@@ -180,27 +213,30 @@ def _backward(
         if on_input:
             torch.sum(dx[:n] * x[lead : lead + n], 1, dtype=dweight_P.dtype, out=dweight_P[rows])
         sums.add(block, scale if on_input else None)
-    return sums.total(), dw_gate, dw_up, dw_down, dweight_P
+    return sums.total(), dw_gate, dw_up, dw_down, db_gate, db_up, db_down, dweight_P
 
 
 @_backward.register_fake
-def _(dy_TD, x_TD, gate_PF, up_PF, w_gate, w_up, w_down, token_P, weight_P, offsets_E1, widths, on_input):
-    return tuple(torch.empty_like(t) for t in (x_TD, w_gate, w_up, w_down, weight_P))
+def _(dy_TD, x_TD, gate_PF, up_PF, w_gate, w_up, w_down, b_gate, b_up, b_down, token_P, weight_P, *_rest):
+    learned = (x_TD, w_gate, w_up, w_down, b_gate, b_up, b_down, weight_P)
+    return tuple(x_TD.new_empty(0) if t is None else torch.empty_like(t) for t in learned)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.widths, ctx.on_input, _ = inputs
+    *tensors, ctx.widths, ctx.on_input, _, activation, alpha, limit = inputs
+    ctx.activation = (activation, alpha, limit)
     ctx.set_materialize_grads(False)  # the kept pre-activations have no gradient: zeros of their size must not be made
     ctx.save_for_backward(*tensors, output[1], output[2])
 
 
 def _autograd(ctx, dy_TD, _dgate, _dup):
     if dy_TD is None:
-        return (None,) * 10
+        return (None,) * 16
     *inputs, gate_PF, up_PF = ctx.saved_tensors
     x_TD, *others = inputs
-    dx, *dweights, dweight = _backward(dy_TD.contiguous(), x_TD, gate_PF, up_PF, *others, ctx.widths, ctx.on_input)
-    return dx, *dweights, None, dweight, None, None, None, None
+    found = _backward(dy_TD.contiguous(), x_TD, gate_PF, up_PF, *others, ctx.widths, ctx.on_input, *ctx.activation)
+    *gradients, dweight = (None if t is None else g for t, g in zip((*inputs[:7], inputs[8]), found, strict=True))
+    return *gradients, None, dweight, *[None] * 7
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.errors import BackendError
+from moe.experts.activation import Activation
 from moe.routing import Dispatch
 from moe_triton.block_sparse import PackedExperts
 
@@ -53,6 +54,8 @@ def expert_ffn(
     dispatch: Dispatch,
     packed: PackedExperts | None = None,
     precision: Literal["native", "fp8_row", "fp8_block"] = "native",
+    activation: Activation | None = None,
+    biases: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Apply the experts and sum their weighted outputs per token: y_TD, of x_TD's type. Stacked weights only."""
     assert w_up_EDF.ndim == 3, "experts of different widths are refused when the layer is built"
@@ -67,5 +70,15 @@ def expert_ffn(
 
     planned = plan.plan_from_order(dispatch.token_P, dispatch.row_P, dispatch.offsets_E1, num_tokens=x_TD.shape[0])
     weight_R = dispatch.weight_P.index_select(0, planned.reverse_R)
-    weights = tiles.Weights(w_gate_EDF, w_up_EDF, w_down_EFD)
-    return ffn.planned_ffn(x_TD, weights, weight_R, planned, weight_on=dispatch.weight_on, precision=precision)
+    weights, kind = tiles.Weights(w_gate_EDF, w_up_EDF, w_down_EFD, *(biases or ())), activation or Activation()
+    return ffn.planned_ffn(
+        x_TD,
+        weights,
+        weight_R,
+        planned,
+        activation=kind.name,
+        alpha=kind.alpha,
+        limit=kind.limit,
+        weight_on=dispatch.weight_on,
+        precision=precision,
+    )

@@ -12,10 +12,14 @@ def router_name(router: RouterConfig) -> str:
     return type(router).__module__.rsplit(".", 1)[-1]
 
 
-def expert_layers(model: Model) -> MoE:
+def expert_layers(model: Model, *, plain: bool = True) -> MoE:
+    """The settings of a model's expert layers. `plain`: whether the family's experts are SwiGLU without biases."""
     require(model.moe is not None, "a dense model")
     assert model.moe is not None
     require(not model.moe.expert_widths, "widths of single experts (moe.expert_widths)")
+    if plain:
+        require(model.moe.activation == "swiglu", f"moe.activation={model.moe.activation} (SwiGLU there)")
+        require(not model.moe.expert_bias, "moe.expert_bias=true (none there)")
     each = model.moe.num_experts_per_layer
     require(len(set(each)) <= 1, f"layers of different numbers of experts (moe.num_experts_per_layer={each})")
     require(not model.moe.latent_dim, f"experts in a latent space (moe.latent_dim={model.moe.latent_dim})")

@@ -1,9 +1,9 @@
-"""gpt-oss: attention sinks, alternating windows, a router with a bias. Its experts' activation and biases are not ours.
+"""gpt-oss: attention sinks, alternating windows, a router with a bias, and experts that clamp, with biases on every product.
 
-Its experts compute (up + 1)·gate·sigmoid(alpha·gate), gate and up clamped, with biases on all products. Ours are SwiGLU, which is
-alpha = 1, no clamp, a bias of -1 on up and none elsewhere: so our models are written in its files exactly, and of its models
-those are read. The published ones (alpha 1.702, limit 7, learned biases) are refused by name. In bfloat16 arithmetic -1 + 1
-costs small values their last bits: load an export in float32.
+Its experts compute (up + 1)·gate·sigmoid(alpha·gate), gate and up clamped: our `swiglu_oai` with `expert_bias`. SwiGLU without
+biases is alpha = 1, a limit that nothing reaches, -1 as the bias of up and 0 as the others: so our plain experts are written
+in its files exactly too, and NO_LIMIT says that they were. In bfloat16 arithmetic -1 + 1 costs such an export's small values
+their last bits: load it in float32.
 """
 
 from typing import Any
@@ -22,12 +22,12 @@ from moe.hf.common import (
 )
 
 NO_LIMIT = 1e30
-"""A clamp that nothing reaches."""
+"""A clamp that nothing reaches, the sign of a model of ours whose experts are SwiGLU."""
 
 
 def gpt_oss_values(model: Model) -> Values:
     """Our model as its configuration. Raises ConfigError for what it cannot express."""
-    moe, attention = expert_layers(model), model.attention
+    moe, attention = expert_layers(model, plain=False), model.attention
     router: Any = moe.router
     name = router_name(router)
     require(isinstance(attention, GroupedQueryAttention), "latent attention")
@@ -39,6 +39,8 @@ def gpt_oss_values(model: Model) -> Values:
     require(moe.shared_hidden == 0, f"a shared expert (shared_hidden={moe.shared_hidden})")
     require(attention.qk_norm == "none", f"attention.qk_norm='{attention.qk_norm}' (always 'none' there)")
     require(attention.qkv_bias == attention.out_bias, "attention.qkv_bias and attention.out_bias that differ")
+    plain = moe.activation == "swiglu"
+    require(not (plain and moe.expert_bias), "moe.expert_bias=true with activation=swiglu (swiglu_oai there)")
     size, kinds = window_values(attention.windows, model.num_layers)
     return {
         **common_values(model, sinks=True),
@@ -50,16 +52,18 @@ def gpt_oss_values(model: Model) -> Values:
         "layer_types": kinds,
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
-        "swiglu_alpha": 1.0,
-        "swiglu_limit": NO_LIMIT,
+        "swiglu_alpha": 1.0 if plain else moe.activation_alpha,
+        "swiglu_limit": NO_LIMIT if plain else moe.activation_limit,
     }
 
 
 def gpt_oss_model(values: Values) -> Model:
     """The inverse. Raises ConfigError for what we do not model."""
     alpha, limit, K = values["swiglu_alpha"], values["swiglu_limit"], values["num_experts_per_tok"]
-    require(alpha == 1.0, f"swiglu_alpha={alpha} (our experts are SwiGLU: 1)")
-    require(limit >= NO_LIMIT, f"swiglu_limit={limit} (our experts do not clamp: {NO_LIMIT:g} or more)")
+    require(alpha > 0, f"swiglu_alpha={alpha} (more than 0)")
+    require(limit > 0, f"swiglu_limit={limit} (more than 0)")
+    clamped = {"activation": "swiglu_oai", "activation_alpha": alpha, "activation_limit": limit, "expert_bias": True}
+    plain = alpha == 1.0 and limit == NO_LIMIT
     bias = bool(values["attention_bias"])
     attention = GroupedQueryAttention(
         num_heads=values["num_attention_heads"],
@@ -76,5 +80,6 @@ def gpt_oss_model(values: Values) -> Model:
         top_k=K,
         expert_hidden=values["intermediate_size"],
         router=router_config("gpt_oss", balance=Balance(weight=weight), z_weight=0.0),
+        **({} if plain else clamped),
     )
     return base_model(values, attention=attention, moe=moe)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, is_moe_layer
+from moe.config.schema import GroupedQueryAttention, LatentAttention, Model, MoE, is_moe_layer
 
 View = Callable[[Tensor], Tensor]
 
@@ -184,7 +184,7 @@ def _experts(model: Model, ours: str, theirs: str, names: Names, fused: bool) ->
     assert moe is not None
     E, F = moe.num_experts, moe.expert_hidden
     if names.gpt_oss:
-        yield from _gpt_oss(ours, theirs, E, D, F)
+        yield from _gpt_oss(ours, theirs, E, D, F, moe)
         return
     yield _same(f"{theirs}.gate.weight", f"{ours}.router.weight_ED", E, D)
     if names.selection_bias:
@@ -209,17 +209,23 @@ def _experts(model: Model, ours: str, theirs: str, names: Names, fused: bool) ->
             yield _same(f"{theirs}.{names.shared}_gate.weight", f"{ours}.shared_gate.weight", 1, D)
 
 
-def _gpt_oss(ours: str, theirs: str, E: int, D: int, F: int) -> Iterator[Entry]:
-    """Its experts compute (up + 1)·gate·sigmoid(alpha·gate) with biases: a bias of -1 on up, alpha = 1 make that ours."""
+def _gpt_oss(ours: str, theirs: str, E: int, D: int, F: int, moe: MoE) -> Iterator[Entry]:
+    """Where we have no biases theirs are constant: 0, and -1 on up for SwiGLU, since up + 1 multiplies the gate there."""
     yield _same(f"{theirs}.router.weight", f"{ours}.router.weight_ED", E, D)
     yield _same(f"{theirs}.router.bias", f"{ours}.router.logit_bias_E", E)
     gate, up, down = (f"{ours}.experts.{name}" for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD"))
     turns = (Link(gate, whole, _even), Link(up, whole, _odd))
     yield Entry(f"{theirs}.experts.gate_up_proj", (E, D, 2 * F), turns)
-    biases = (Constant(0.0, _even), Constant(-1.0, _odd))
-    yield Entry(f"{theirs}.experts.gate_up_proj_bias", (E, 2 * F), (), biases)
+    b_gate, b_up, b_down = (f"{ours}.experts.{name}" for name in ("b_gate_EF", "b_up_EF", "b_down_ED"))
+    first, second = f"{theirs}.experts.gate_up_proj_bias", f"{theirs}.experts.down_proj_bias"
+    if moe.expert_bias:
+        yield Entry(first, (E, 2 * F), (Link(b_gate, whole, _even), Link(b_up, whole, _odd)))
+    else:
+        on_up = -1.0 if moe.activation == "swiglu" else 0.0
+        yield Entry(first, (E, 2 * F), (), (Constant(0.0, _even), Constant(on_up, _odd)))
     yield _same(f"{theirs}.experts.down_proj", down, E, F, D)
-    yield Entry(f"{theirs}.experts.down_proj_bias", (E, D), (), (Constant(0.0),))
+    links, constants = ((Link(b_down),), ()) if moe.expert_bias else ((), (Constant(0.0),))
+    yield Entry(second, (E, D), links, constants)
 
 
 def _even(tensor: Tensor) -> Tensor:

@@ -32,11 +32,6 @@ class Mesh:
         return self.experts["expert"]
 
     @property
-    def expert_copies(self) -> dist.ProcessGroup:
-        """The ranks that hold copies of this rank's experts."""
-        return self.experts.get_group("expert_replicate")
-
-    @property
     def expert_parts(self) -> DeviceMesh:
         """[expert_replicate, expert_shard], or [expert_shard] for one copy: where one rank's experts are sharded."""
         copied = self.experts.size(0) > 1

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moe.surgery.scores import LayerUse
 
-GATE, UP, DOWN = "experts.w_gate_EDF", "experts.w_up_EDF", "experts.w_down_EFD"
+MATRICES = ("experts.w_gate_EDF", "experts.w_up_EDF", "experts.w_down_EFD")
+BIASES = ("experts.b_gate_EF", "experts.b_up_EF", "experts.b_down_ED")
 
 
 def expert_dimension(name: str) -> int | None:
@@ -50,27 +51,27 @@ def merge_experts(
     """
     result = keep_experts(tensors, {layer: [group[0] for group in of_layer] for layer, of_layer in groups.items()})
     for layer, of_layer in groups.items():
-        gate, up, down = (tensors[f"layers.{layer}.moe.{name}"] for name in (GATE, UP, DOWN))
-        frequency_E = uses[layer].rows_E
-        merged = [_merged(gate, up, down, group, frequency_E) for group in of_layer]
-        for place, name in enumerate((GATE, UP, DOWN)):
-            result[f"layers.{layer}.moe.{name}"] = torch.stack([expert[place] for expert in merged])
+        prefix = f"layers.{layer}.moe."
+        names = [prefix + name for name in (*MATRICES, *BIASES) if prefix + name in tensors]
+        merged = [_merged([tensors[name] for name in names], group, uses[layer].rows_E) for group in of_layer]
+        for name, experts in zip(names, zip(*merged, strict=True), strict=True):
+            result[name] = torch.stack(experts)
     return result
 
 
-def _merged(
-    gate_EDF: Tensor, up_EDF: Tensor, down_EFD: Tensor, group: Sequence[int], frequency_E: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _merged(parts: Sequence[Tensor], group: Sequence[int], frequency_E: Tensor) -> list[Tensor]:
+    """parts: W_gate [E, D, F], W_up [E, D, F], W_down [E, F, D] and, if there are any, the biases [E, F], [E, F], [E, D]."""
     first, total = group[0], float(frequency_E[list(group)].sum())
     weights = [float(frequency_E[e]) / total if total else 1 / len(group) for e in group]
-    sums = [torch.zeros_like(t[first], dtype=torch.float64) for t in (gate_EDF, up_EDF, down_EFD)]
+    sums = [torch.zeros_like(t[first], dtype=torch.float64) for t in parts]
+    gate_EDF, up_EDF, down_EFD = parts[:3]
+    hidden = (1, 1, 0, 0, 0, None)
     for e, weight in zip(group, weights, strict=True):
         order_F = aligned((gate_EDF[first], up_EDF[first], down_EFD[first]), (gate_EDF[e], up_EDF[e], down_EFD[e]))
-        parts = (gate_EDF[e][:, order_F], up_EDF[e][:, order_F], down_EFD[e][order_F])
-        for total_, part in zip(sums, parts, strict=True):
-            total_ += weight * part.double()
-    gate, up, down = (t.to(gate_EDF.dtype) for t in sums)
-    return gate, up, down
+        for sum_, part, dimension in zip(sums, parts, hidden, strict=False):
+            own = part[e] if dimension is None else part[e].index_select(dimension, order_F)
+            sum_ += weight * own.double()
+    return [sum_.to(gate_EDF.dtype) for sum_ in sums]
 
 
 def aligned(anchor: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from moe.config.load import load
 from moe.config.schema import Run
 from moe.data import prepare
 from moe.errors import ConfigError
+from moe.init import is_bias
 from moe.model import Transformer
 from moe.random import stable_seed
 from moe.surgery.masked import train_masked
@@ -58,7 +59,9 @@ def prunable(tensors: Mapping[str, Tensor]) -> list[str]:
     """Matrices that weights are taken from: not embeddings, heads, routers, norms and biases."""
     fixed = ("embedding.", "head.", ".router.", "norm.")
     return [
-        n for n, t in tensors.items() if t.ndim >= 2 and t.is_floating_point() and not any(part in n for part in fixed)
+        n
+        for n, t in tensors.items()
+        if t.ndim >= 2 and t.is_floating_point() and not is_bias(n) and not any(part in n for part in fixed)
     ]
 
 

@@ -25,6 +25,7 @@ from moe.config.schema import Model, Run, ffn_hidden, is_moe_layer
 from moe.cost import parameters
 from moe.data import prepare
 from moe.errors import CheckpointError, ConfigError
+from moe.init import is_bias
 from moe.model import Transformer
 from moe.random import stable_seed
 from moe.routing import Router, Tokens
@@ -126,6 +127,7 @@ def from_dense(
         ("latent_dim", moe.latent_dim),
         ("shared_gate", moe.shared_gate),
         ("expert_widths", moe.expert_widths),
+        ("activation", moe.activation if moe.activation != "swiglu" else ""),
     ):
         if value:
             raise ConfigError(f"model.moe.{what}={value} has no counterpart in a dense layer: leave it out to upcycle")
@@ -224,7 +226,10 @@ def grown(before: Model, run: Run, sparse: Mapping[str, Tensor], new: Transforme
 def _changed(
     parts: Mapping[str, Tensor], change: Change, seed: int, layer: int, *, first: int = 0
 ) -> dict[str, Tensor]:
-    """Stacked expert weights with the change made to experts from `first` on; each expert draws its own."""
+    """Stacked expert weights with the change made to experts from `first` on; each expert draws its own.
+
+    Units that are drawn anew have no biases; other biases stay.
+    """
     if change.method == "copy":
         return dict(parts)
     result = {name: tensor.clone() for name, tensor in parts.items()}
@@ -233,6 +238,10 @@ def _changed(
         generator = torch.Generator().manual_seed(stable_seed(seed, f"upcycle layer {layer}", e))
         anew_F = torch.randperm(F, generator=generator)[: round(change.ratio * F)]
         for name, tensor in result.items():
+            if is_bias(name):
+                if change.method == "drop" and name.endswith("F"):
+                    tensor[e][anew_F] = 0
+                continue
             if change.method == "noise":
                 tensor[e] += change.noise * tensor[e].std() * torch.randn(tensor[e].shape, generator=generator)
                 continue

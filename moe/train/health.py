@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.files import write_whole
+from moe.init import is_bias
 from moe.metrics import coactivation, mutual_information, overlap
 from moe.model import Transformer, balancing_loss
 from moe.moe_layer import MoELayer
@@ -225,7 +226,11 @@ class _Probe:
         E = len(norm_E)
         off_diagonal = np.where(np.triu(np.ones((E, E), dtype=bool), k=1), cosine_EE, -2.0)
         i, j = np.unravel_index(int(off_diagonal.argmax()), (E, E))
-        squares = [_mean_square(weight.detach(), state) for weight in self.module.experts.parameters()]
+        squares = [
+            _mean_square(weight.detach(), state)
+            for name, weight in self.module.experts.named_parameters()
+            if not is_bias(name)
+        ]
         return {
             "choices": chosen_TE,
             "output_norms": norm_E.tolist(),

@@ -31,7 +31,7 @@ from moe.attention import GroupedQuery, Latent
 from moe.config.schema import Run
 from moe.cost import stages_of
 from moe.experts import Experts
-from moe.init import materialise
+from moe.init import is_bias, materialise
 from moe.model import Transformer
 from moe.moe_layer import SwiGLU
 from moe.parallel import Ranks
@@ -171,11 +171,11 @@ def _shard(model: Transformer, run: Run, ranks: Ranks) -> None:
 
 
 def _whole(model: Transformer) -> Iterator[nn.Parameter]:
-    """Parameters that every rank holds whole: those of routers, and vectors."""
+    """Parameters that every rank holds whole: those of routers, and vectors, experts' biases of the experts here."""
     for module in model.modules():
         if isinstance(module, Router):
             yield from module.parameters()
-    yield from (parameter for parameter in model.parameters() if parameter.ndim < 2)
+    yield from (parameter for name, parameter in model.named_parameters() if parameter.ndim < 2 or is_bias(name))
 
 
 def _hidden_dim(experts: Experts, parameter: nn.Parameter) -> Shard:
@@ -216,5 +216,9 @@ def sum_gradients(model: nn.Module, ranks: Ranks) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             experts.append(part_here(parameter.grad))
     sum_in_buckets(whole, ranks.mesh.tokens if ranks.mesh is not None else None)
-    if experts and ranks.mesh is not None and ranks.layout.expert_replicate > 1:
-        sum_in_buckets(experts, ranks.mesh.expert_copies)
+    if not experts or ranks.mesh is None:
+        return
+    for axis in ("expert_replicate", "expert_shard"):
+        # where matrices are cut by FSDP2, biases alone are left to sum
+        if getattr(ranks.layout, axis) > 1:
+            sum_in_buckets(experts, ranks.mesh.experts.get_group(axis))

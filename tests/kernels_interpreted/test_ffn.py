@@ -9,7 +9,21 @@ from dataclasses import replace
 import pytest
 import torch
 from covering import covering, pairs_of
-from ffn_cases import UNIT, Case, check, gradient_of, inputs_of, kept_experts, kernels, plain, results, rms, rows_of
+from ffn_cases import (
+    ALPHA,
+    LIMIT,
+    UNIT,
+    Case,
+    check,
+    gradient_of,
+    inputs_of,
+    kept_experts,
+    kernels,
+    plain,
+    results,
+    rms,
+    rows_of,
+)
 from torch import Tensor
 
 from moe_triton import ffn, reference
@@ -59,6 +73,9 @@ CASES = {
         D=24, F=16, E=3, routing="ragged", weight_on="input", recompute="hidden", dtype=F16, capacity=1
     ),
     "no capacity at all": Case(T=9, D=16, F=8, E=3, biased=True, capacity=0),
+    "gpt-oss's activation and biases": Case(
+        T=40, D=48, F=40, E=5, activation="swiglu_oai", biased=True, routing="zipf"
+    ),
     "128 experts": Case(T=8, D=24, F=47, E=128, K=3, routing="zipf"),
 }
 
@@ -69,7 +86,7 @@ VALUES = {
     "K": [1, 2, 3, 8, "E"],
     "routing": ["uniform", "zipf", "one", "empty_first", "empty_middle", "empty_last", "ragged"],
     "dtype": [torch.float32, F16, BF16],
-    "activation": ["swiglu", "geglu", "relu2", "gelu", "silu"],
+    "activation": ["swiglu", "geglu", "swiglu_oai", "relu2", "gelu", "silu"],
     "biased": [False, True],
     "weight_on": ["output", "input"],
     "recompute": ["activation", "hidden"],
@@ -138,7 +155,13 @@ def test_gradcheck(case):
     "case",
     [
         Case(T=20, D=13, F=7, E=5, K=3, activation=activation, biased=True, weight_on=weight_on)
-        for activation, weight_on in [("swiglu", "output"), ("geglu", "input"), ("relu2", "output"), ("gelu", "input")]
+        for activation, weight_on in [
+            ("swiglu", "output"),
+            ("geglu", "input"),
+            ("swiglu_oai", "output"),
+            ("relu2", "output"),
+            ("gelu", "input"),
+        ]
     ],
     ids=str,
 )
@@ -157,6 +180,8 @@ def test_the_reference_is_the_plain_formula(case):
         offsets_E1,
         weight_on=case.weight_on,
         activation=case.activation,
+        alpha=ALPHA,
+        limit=LIMIT,
         b_gate_EF=inputs.get("b_gate"),
         b_up_EF=inputs.get("b_up"),
         b_down_ED=inputs.get("b_down"),
@@ -382,7 +407,8 @@ def arguments_of(case: Case) -> tuple:
     plan = routing_plan(*rows, num_experts=case.E)
     names = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down", "weight")
     tensors = (inputs["x"], *(inputs.get(name) for name in names), *plan)
-    return (*tensors, case.activation, case.weight_on == "input", case.recompute == "activation", case.dtype, [])
+    rule = (case.activation, ALPHA, LIMIT, case.weight_on == "input")
+    return (*tensors, *rule, case.recompute == "activation", case.dtype, [])
 
 
 @pytest.mark.parametrize("recompute", ["activation", "hidden"])
@@ -462,7 +488,7 @@ def test_tokens_rows_and_experts_beyond_32_bits():
     y = expected(*exact)
     dx, dw_gate, dw_up, dw_down, dweight = torch.autograd.grad(y, exact, dy_TD[tokens].double())
 
-    rule = {"activation": "swiglu", "weigh_input": False}
+    rule = {"activation": "swiglu", "alpha": ALPHA, "limit": LIMIT, "weigh_input": False}
     gate_PF, up_PF, hidden_PF = up(x_TD, weights, weight_R, plan, keep=True, **rule)
     found = {"y": combine(down(hidden_PF, weights, plan), weight_R, plan)}
     del hidden_PF

@@ -4,7 +4,7 @@ Computed in float32 (float64 stays float64) with ordinary autograd and cast back
 products do the work of dense ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,8 +64,12 @@ def variable_width_ffn(
     widths: Sequence[int],
     *,
     weight_on: str = "output",
+    hidden_of: Callable[[Tensor, Tensor], Tensor] = lambda gate, up: torch.nn.functional.silu(gate) * up,
 ) -> Tensor:
-    """`moe_triton.reference.expert_ffn` for experts of unequal width, whose hidden columns lie side by side along F."""
+    """`moe_triton.reference.expert_ffn` for experts of unequal width, whose hidden columns lie side by side along F.
+
+    hidden_of: hidden values from both pre-activations; SwiGLU is the only one that kernels have.
+    """
     x, w_gate, w_up, w_down, weight = (_wide(t) for t in (x_TD, w_gate_DF, w_up_DF, w_down_FD, weight_P))
     y_TD = torch.zeros_like(x)
     bounds = offsets_E1.tolist()  # host sync: the reference loops over experts
@@ -77,7 +81,7 @@ def variable_width_ffn(
         rows = x.index_select(0, token)
         if weight_on == "input":
             rows = rows * scale
-        hidden = torch.nn.functional.silu(rows @ w_gate[:, columns]) * (rows @ w_up[:, columns])
+        hidden = hidden_of(rows @ w_gate[:, columns], rows @ w_up[:, columns])
         out = hidden @ w_down[columns]
         y_TD = y_TD.index_add(0, token, out if weight_on == "input" else out * scale)
     return y_TD.to(x_TD.dtype)
