@@ -185,6 +185,18 @@ def lora_merge(
     typer.echo(str(import_module("moe.surgery.lora").merge(folder, out)))
 
 
+@lora.command("export")
+def lora_export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of a run with adapters")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="new folder for the adapters")],
+    family: Annotated[str, typer.Option(help="auto, or a model family: mixtral, olmoe, qwen3_moe, ...")] = "auto",
+    base: Annotated[str, typer.Option(metavar="DIR", help="where the base's export is; the files name it")] = "",
+) -> None:
+    """Write the adapters alone for the package peft, which puts them on the base's export."""
+    chosen, step = lazy("moe.hf", "export_adapters")(folder, out, family=family, base=base)
+    typer.echo(f"step {step}, adapters of a {chosen}: {out}")
+
+
 @app.command()
 def ticket(
     recipe: RecipeArgument,

@@ -13,8 +13,19 @@ from moe.errors import ConfigError
 if find_spec("transformers") is None:
     raise ConfigError("reading and writing models for others needs the package transformers: pip install 'moe-lab[hf]'")
 
+from moe.hf.adapters import export_adapters
 from moe.hf.bring import import_model
 from moe.hf.convert import export_run, family_of, load, read_config, save
 from moe.hf.families import FAMILIES, Family
 
-__all__ = ["FAMILIES", "Family", "export_run", "family_of", "import_model", "load", "read_config", "save"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "export_adapters",
+    "export_run",
+    "family_of",
+    "import_model",
+    "load",
+    "read_config",
+    "save",
+]

@@ -3,7 +3,8 @@
 Upcycling, for each seed: recipes/upcycle.py:dense for N steps, then N more, as it is or as its upcycled forms, whose FLOPs per
 token are the dense model's (`fine_grained`); and the sparse model from scratch for N and for 2N steps.
 Distillation: dense students of a sparse teacher (reuse_distil.py).
-Storage: the sparse model of seed 0, and ten variants of it, each fine-tuned (ESFT) on one package of the standard library.
+Storage: the sparse model of seed 0, and ten variants of it by ESFT and by LoRA, each fine-tuned on one package of the standard
+library (reuse_variants.py).
 """
 
 import argparse
