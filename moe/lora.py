@@ -55,7 +55,7 @@ def adapt(model: nn.Module, lora: Lora, *, seed: int, std: float) -> None:
         if isinstance(module, Experts):
             stacks = [item for item in module.named_parameters(recurse=False) if not is_bias(item[0])]
             module.lora = nn.ModuleDict(
-                {leaf: LowRank(w.shape[1], w.shape[2], lora, experts=len(w)) for leaf, w in stacks}
+                {leaf: LowRank(w.shape[1], w.shape[2], lora, experts=len(w)) for leaf, w in stacks if not is_bias(leaf)}
             )
         elif isinstance(module, Linear):
             module.lora = LowRank(module.in_features, module.out_features, lora)

@@ -71,6 +71,7 @@ def by_hand(model: Transformer, scale: float) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("scaling", "scale"), [("rank", 2.0), ("root", 6 / 3**0.5)])
 def test_an_adapted_model_computes_with_the_sum_of_base_and_product(base, backend, scaling, scale):
     options = [f"model.moe.backend={backend}", "model.moe.shared_hidden=8", "model.moe.first_dense=1"]
+    options += ["model.moe.expert_bias=true"]
     lora = {**LORA, "scaling": scaling, "targets": ["attention", "experts", "shared", "ffn"]}
     run = load(tiny_dict(base), [*options, f"model.lora={json.dumps(lora)}"])
     plain = load(tiny_dict(base), options)

@@ -27,6 +27,7 @@ DEEPSEEK = [
 OSS = [
     "model.attention.sinks=true", "model.attention.qkv_bias=true", "model.attention.out_bias=true",
     "model.attention.windows=[8,0]", "model.moe.router=gpt_oss", "model.norm_eps=1e-5",
+    "model.moe.activation=swiglu_oai", "model.moe.expert_bias=true",
 ]  # fmt: skip
 FAMILIES = {
     "mixtral": ([], ALL),
