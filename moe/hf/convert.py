@@ -18,6 +18,7 @@ from moe.errors import CheckpointError, ConfigError
 from moe.hf import quantised
 from moe.hf.families import COMMON_KEYS, FAMILIES, Family, words
 from moe.hf.links import Entry, entries
+from moe.hf.mxfp4 import Unpacked
 from moe.hf.shards import Fetch, Files, check_names, iterate_unlinked, read_into, shards_of, write_shards
 from moe.hf.tokenizer import save_tokenizer
 from moe.init import materialise
@@ -171,7 +172,7 @@ def load(folder: str | Path, *, dtype: str = "float32") -> Transformer:
     """
     folder = Path(folder)
     family, model = read_config(folder)
-    with quantised.Held(folder) if (folder / quantised.FILE).is_file() else Files(folder) as files:
+    with quantised.Held(folder) if (folder / quantised.FILE).is_file() else Unpacked(folder) as files:
         names = files.names()
         fused = any(name.endswith(".experts.gate_up_proj") for name in names)
         naming = family.names

@@ -112,7 +112,8 @@ FAMILIES: dict[str, Family] = {
             "GptOssForCausalLM",
             gpt_oss.gpt_oss_values,
             gpt_oss.gpt_oss_model,
-            "sliding_window layer_types attention_bias num_local_experts num_experts_per_tok swiglu_alpha swiglu_limit",
+            "sliding_window layer_types attention_bias num_local_experts num_experts_per_tok swiglu_alpha swiglu_limit "
+            "quantization_config experts_per_token initial_context_length",
             Names(gpt_oss=True),
         ),
         _family("llama", "LlamaForCausalLM", grouped.llama_values, grouped.llama_model, "attention_bias mlp_bias"),

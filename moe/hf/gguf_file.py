@@ -24,6 +24,7 @@ from moe.errors import CheckpointError, ConfigError
 from moe.hf.convert import read_config
 from moe.hf.gguf_names import ARCHITECTURES, refuse, settings
 from moe.hf.links import entries
+from moe.hf.mxfp4 import Unpacked
 from moe.hf.shards import Files, check_names
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
@@ -63,7 +64,7 @@ def write_gguf(folder: Path, out: Path, dtype: str = "f16") -> dict[str, Any]:
     length = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings") or 4096
     temporary = out.with_name(f".writing-{out.name}")
     try:
-        with Files(folder) as files:
+        with Unpacked(folder) as files:
             table = list(entries(model, family.names))
             check_names(files, table, lambda name: name.endswith("rotary_emb.inv_freq"))
             planned = list(pieces(model, family.model_type, [(entry.name, entry.shape) for entry in table]))

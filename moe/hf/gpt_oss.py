@@ -59,6 +59,7 @@ def gpt_oss_values(model: Model) -> Values:
 
 def gpt_oss_model(values: Values) -> Model:
     """The inverse. Raises ConfigError for what we do not model."""
+    _check_published(values)
     alpha, limit, K = values["swiglu_alpha"], values["swiglu_limit"], values["num_experts_per_tok"]
     require(alpha > 0, f"swiglu_alpha={alpha} (more than 0)")
     require(limit > 0, f"swiglu_limit={limit} (more than 0)")
@@ -83,3 +84,17 @@ def gpt_oss_model(values: Values) -> Model:
         **({} if plain else clamped),
     )
     return base_model(values, attention=attention, moe=moe)
+
+
+def _check_published(values: Values) -> None:
+    """Keys of the published files that say again what others say; the experts' MXFP4 is in the tensors (moe/hf/mxfp4.py)."""
+    stored = values.get("quantization_config") or {}
+    method = stored.get("quant_method") if stored else "mxfp4"
+    require(method == "mxfp4", f"quantization_config.quant_method={method!r} (only 'mxfp4' is read)")
+    yarn = values.get("rope_parameters") or {}
+    for key, other, value in (
+        ("experts_per_token", "num_experts_per_tok", values["num_experts_per_tok"]),
+        ("initial_context_length", "original_max_position_embeddings", yarn.get("original_max_position_embeddings")),
+    ):
+        given = values.get(key)
+        require(given is None or given == value, f"{key}={given} beside {other}={value}")

@@ -9,6 +9,7 @@ own model with these integers as its parameters, widened where they are used; `t
 Needs the extra `quantise` (torchao).
 """
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from moe.errors import CheckpointError, ConfigError
+from moe.files import write_json
+from moe.hf.mxfp4 import Unpacked
 from moe.hf.shards import Files
 
 FILE = "quantised.safetensors"
@@ -46,7 +49,7 @@ def quantise(folder: Path, out: Path, bits: int) -> dict[str, int]:
         raise ConfigError(f"{out} is not empty: choose another folder, or remove it")
     stored: dict[str, Tensor] = {}
     before = 0
-    with Files(folder) as files:
+    with Unpacked(folder) as files:
         for name in sorted(files.names()):
             tensor = files.tensor(name)
             before += tensor.nbytes
@@ -60,6 +63,9 @@ def quantise(folder: Path, out: Path, bits: int) -> dict[str, int]:
     for path in folder.iterdir():
         if path.suffix == ".json" and "safetensors" not in path.name:
             shutil.copyfile(path, out / path.name)
+    values = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    if values.pop("quantization_config", None) is not None:  # experts in MXFP4 are not in it any more
+        write_json(out / "config.json", values)
     save_file(stored, out / FILE, metadata={"format": "pt", "bits": str(bits)})
     return {"bytes": sum(tensor.nbytes for tensor in stored.values()), "bytes_before": before}
 
