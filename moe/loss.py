@@ -34,20 +34,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x_TD.device)
         gradients_x, gradient_VD = [], torch.zeros_like(weight_VD) if keep else None
         for x_CD, target_C in zip(x_TD.split(chunk), targets_T.split(chunk), strict=True):
-            logits_CV = linear(x_CD, w_VD).to(wide)
-            counts_C1 = (target_C != IGNORE).unsqueeze(1)
+            # few passes over [chunk, V], where the time goes: what has no target is masked in [chunk, D] and [chunk, 1]
+            log_CV = linear(x_CD, w_VD).to(wide).log_softmax(1)
+            ignored_C1 = (target_C == IGNORE).unsqueeze(1)
             target_C1 = target_C.clamp(min=0).unsqueeze(1)
-            normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
-            total += (normaliser_C1 - logits_CV.gather(1, target_C1)).masked_fill(~counts_C1, 0.0).sum()
+            total -= log_CV.gather(1, target_C1).masked_fill(ignored_C1, 0.0).sum()
             if gradient_VD is not None:
-                share_CV = logits_CV.sub_(normaliser_C1).exp_()
+                share_CV = log_CV.exp_()
                 share_CV.scatter_(1, target_C1, share_CV.gather(1, target_C1) - 1)
-                change_CV = share_CV.masked_fill_(~counts_C1, 0.0).to(x_CD.dtype)
-                gradients_x.append(change_CV @ w_VD)
+                change_CV = share_CV.to(x_CD.dtype)
+                gradients_x.append((change_CV @ w_VD).masked_fill_(ignored_C1, 0.0))
+                counted_CD = x_CD.masked_fill(ignored_C1, 0.0)
                 if gradient_VD.dtype == x_CD.dtype:
-                    gradient_VD.addmm_(change_CV.t(), x_CD)
+                    gradient_VD.addmm_(change_CV.t(), counted_CD)
                 else:
-                    gradient_VD += change_CV.t() @ x_CD
+                    gradient_VD += change_CV.t() @ counted_CD
         if gradient_VD is not None:
             gradient_TD = torch.cat(gradients_x) if gradients_x else torch.zeros_like(x_TD)
             ctx.save_for_backward(gradient_TD, gradient_VD)
