@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 from bench_common import has_markers, machine, markers, peak_gigaflops, ratios, write_between
-from bench_layer_page import NAME, Row, print_row, tables
+from bench_layer_page import NAME, Row, figures, print_row, tables
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -210,11 +210,11 @@ def main() -> None:
                     rows.append(row)
                     print_row(row)
     print(" · ".join(f"{key} {value}" for key, value in facts.items()))
-    if arguments.json:
-        content = {"facts": facts, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     if arguments.write:
         write_between(arguments.write, NAME, tables(rows, facts))
+    if arguments.json:
+        content = {"facts": facts, "figures": figures(rows), "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

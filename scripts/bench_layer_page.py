@@ -40,6 +40,14 @@ def print_row(row: Row) -> None:
     )
 
 
+def figures(rows: list[Row]) -> dict[str, Ratio]:
+    """Each contender's share of the dense layer's speed, by name: what a second run is held against."""
+    return {
+        f"{row.contender}, {row.dtype}, {row.threads} threads, {row.tokens} tokens, {row.shape}": row.share
+        for row in rows
+    }
+
+
 def best_peer(rows: list[Row]) -> Row:
     """The fastest of transformers' implementations at one shape."""
     return max((row for row in rows if row.contender.startswith("transformers")), key=lambda row: row.share.middle)

@@ -3,11 +3,11 @@
     python scripts/bench_step.py [--threads 2] [--rounds 15] [--json FILE] [--write docs/benchmarks.md] [SETTING=VALUE ...]
     python scripts/bench_step.py --cpu-time --rounds 5        on a machine that others use: processor time, one thread
 
-D 256, 8 layers, F 512, E 8, K 2, rows of 512 tokens, 8 rows a batch, vocabulary 8,192, float32, `train.loss_chunk=512`. Ours is the trainer's own
-`train_step`: it reads the batch, sums the losses and statistics, clips and updates. The dense twin is the same trainer on the
-model of equal FLOPs per token that `moe compare` takes. transformers' models start from our weights, get the same batches as
-tensors that are there, and do zero_grad, forward with labels, backward, clip_grad_norm_, AdamW (default: `AdamW`, and `fused
-AdamW` beside it); they compute no balancing loss, ours does. If the first logits differ, nothing is timed.
+D 256, 8 layers, F 512, E 8, K 2, rows of 512 tokens, 8 rows a batch, vocabulary 8,192, float32; ours with `train.loss_chunk=512`.
+Ours is the trainer's own `train_step`: it reads the batch, sums losses and statistics, clips and updates. The dense twin is the
+same trainer on the model of equal FLOPs per token that `moe compare` takes. transformers' models start from our weights, get
+the same batches as tensors that are there, and do zero_grad, forward with labels, backward, clip_grad_norm_, AdamW (as it comes,
+and `fused` beside it); they compute no balancing loss, ours does. If the first logits differ, nothing is timed.
 
 Every round gives each contender one step, in rotating order. Then steps of ours, the twin and the best peer are profiled by
 torch, and the time of operators is summed by kind (bench_step_profile.py). Settings can be changed: `train.loss_chunk=512`.
@@ -61,9 +61,7 @@ def step_run(overrides: list[str]) -> Run:
             document_mask=False,
         ),
         data=Data(sequence_length=512, tokenizer=BpeTokenizer(vocab_size=8192)),
-        train=Train(
-            steps=10_000, batch_rows=8, micro_rows=8, optimizer=AdamW(lr=3e-4), loss_chunk=512, device="cpu"
-        ),
+        train=Train(steps=10_000, batch_rows=8, micro_rows=8, optimizer=AdamW(lr=3e-4), loss_chunk=512, device="cpu"),
     )
     return load(dump(run), overrides)
 
@@ -177,6 +175,12 @@ def best_peer(rows: list[Row]) -> Row:
     return max(peers or rows, key=lambda row: row.tokens_per_second.middle)
 
 
+def figures(rows: list[Row]) -> dict[str, Ratio]:
+    """What a second run is held against, by name."""
+    speeds = {f"{row.contender}, tokens per second": row.tokens_per_second for row in rows}
+    return speeds | {f"ours over {row.contender}": row.ours for row in rows if row.contender != OURS}
+
+
 def page(rows: list[Row], profiles: dict[str, Profile], facts: dict[str, str]) -> str:
     """The tables of docs/benchmarks.md."""
     lines = [" · ".join(f"{key} {value}" for key, value in facts.items()), ""]
@@ -237,11 +241,16 @@ def main() -> None:
     profiles = {name: profile_of(step, arguments.rounds + 2) for name, step in steps.items() if name in kept}
     print("\n".join(profile_table(profiles)))
     print(" · ".join(f"{key} {value}" for key, value in facts.items()))
-    if arguments.json:
-        content = {"facts": facts, "rows": [asdict(row) for row in rows], "profiles": profiles}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if arguments.write:
         write_between(arguments.write, NAME, page(rows, profiles, facts))
+    if arguments.json:
+        content = {
+            "facts": facts,
+            "figures": figures(rows),
+            "rows": [asdict(row) for row in rows],
+            "profiles": profiles,
+        }
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

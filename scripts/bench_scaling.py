@@ -1,0 +1,204 @@
+"""What the time of one expert layer grows with: forward and backward while one size changes, and a step on one and two ranks.
+
+    python scripts/bench_scaling.py [--rounds 9] [--cpu-time] [--json FILE] [--write docs/benchmarks.md]
+
+One thread, float32. Around T 2048, D 256, F 512, E 8, K 2: T; K (of 16 experts); E at the same active FLOPs; D; F; and S, a whole
+block with attention over 4,096 tokens in rows of S. Rounds go through all sizes of all lines, so that a machine that slows
+down slows all of them down. Ranks: recipes/smoke.py with 64 rows a step, in all, on one process and on two (gloo), a thread
+each, in turns. With --write the plot is bench_scaling.png in the folder of the page's name beside it.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench_common import Ratio, has_markers, machine, markers, spread, write_between
+
+from moe.attention import RotaryEmbedding
+from moe.config.schema import GroupedQueryAttention, Model, MoE
+from moe.model import Block
+from moe.moe_layer import MoELayer
+from moe.routers.topk import Config as TopK
+from moe.routing import Tokens
+
+NAME = "bench_scaling"
+ROOT = Path(__file__).resolve().parents[1]
+BASE = {"T": 2048, "D": 256, "F": 512, "E": 8, "K": 2}
+LINES: dict[str, list[int]] = {
+    "T": [512, 1024, 2048, 4096, 8192],
+    "K": [1, 2, 4, 8],
+    "E": [4, 8, 16, 32, 64, 128],
+    "D": [128, 256, 512, 1024],
+    "F": [128, 256, 512, 1024, 2048],
+    "S": [256, 512, 1024, 2048, 4096],
+}
+BLOCK_TOKENS = 4096
+
+
+def layer_of(sizes: dict[str, int]) -> Callable[[], None]:
+    """A function that does forward and backward of a layer of these sizes."""
+    router = TopK(gate="full") if sizes["K"] == 1 else TopK()
+    config = MoE(num_experts=sizes["E"], top_k=sizes["K"], expert_hidden=sizes["F"], router=router, backend="torch")
+    layer = MoELayer(config, sizes["D"], layer=0)
+    x_BSD = torch.randn(1, sizes["T"], sizes["D"])
+
+    def run() -> None:
+        y_BSD, _ = layer(x_BSD.requires_grad_())
+        y_BSD.backward(x_BSD.detach())
+        layer.zero_grad()
+        x_BSD.grad = None
+
+    return run
+
+
+def block_of(S: int) -> Callable[[], None]:
+    """The same of a block with attention, in rows of S."""
+    attention = GroupedQueryAttention(num_heads=4, num_kv_heads=4, head_dim=64)
+    moe = MoE(num_experts=BASE["E"], top_k=BASE["K"], expert_hidden=BASE["F"], router=TopK(), backend="torch")
+    model = Model(vocab_size=257, dim=BASE["D"], num_layers=1, ffn_hidden=512, attention=attention, moe=moe)
+    block, rotary = Block(model, 0, 0, 1.0), RotaryEmbedding(model.rotary, 64)
+    x_BSD = torch.randn(BLOCK_TOKENS // S, S, BASE["D"])
+    tokens, angles = Tokens.of_hidden(x_BSD), rotary(torch.arange(S))
+
+    def run() -> None:
+        y_BSD, _ = block(x_BSD.requires_grad_(), angles, None, tokens, None)
+        y_BSD.backward(x_BSD.detach())
+        block.zero_grad()
+        x_BSD.grad = None
+
+    return run
+
+
+def cases() -> dict[tuple[str, int], Callable[[], None]]:
+    """Every point of every line."""
+    made = {}
+    for name, sizes in LINES.items():
+        for size in sizes:
+            wide = {"E": 16} if name == "K" else {}
+            made[name, size] = block_of(size) if name == "S" else layer_of({**BASE, **wide, name: size})
+    return made
+
+
+def time_lines(rounds: int, clock: Callable[[], float]) -> dict[tuple[str, int], Ratio]:
+    """Milliseconds of each point."""
+    functions = cases()
+    milliseconds: dict[tuple[str, int], list[float]] = {point: [] for point in functions}
+    for index in range(rounds + 1):
+        for point, function in functions.items():
+            start = clock()
+            function()
+            if index:
+                milliseconds[point].append(1e3 * (clock() - start))
+    return {point: spread(values) for point, values in milliseconds.items()}
+
+
+def tokens_per_second(ranks: int) -> float:
+    """Of the trainer, on so many processes: the median of its steps after the first few."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        settings = ["train.batch_rows=64", f"train.micro_rows={64 // ranks}", "train.threads=1", "train.steps=30"]
+        settings += ["evaluation.every_steps=0", f"out={folder}/run", "logging.console=off"]
+        command = [sys.executable, *start, "-m", "moe.train", str(ROOT / "recipes/smoke.py"), *settings]
+        subprocess.run(command, check=True, capture_output=True)
+        rows = (Path(folder) / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return statistics.median(json.loads(row)["tokens_per_second"] for row in rows[5:])
+
+
+def time_ranks(rounds: int) -> dict[str, Ratio]:
+    """Tokens per second on one rank and on two, and their quotient."""
+    one, two = zip(*((tokens_per_second(1), tokens_per_second(2)) for _ in range(rounds)), strict=True)
+    quotients = [b / a for a, b in zip(one, two, strict=True)]
+    return {
+        "1 rank, tokens/s": spread(list(one)),
+        "2 ranks, tokens/s": spread(list(two)),
+        "2 ranks over 1": spread(quotients),
+    }
+
+
+def plot(points: dict[tuple[str, int], Ratio], path: Path) -> None:
+    """A panel per line: milliseconds over size, with quartiles."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(10, 6), constrained_layout=True)
+    for axis, (name, sizes) in zip(axes.flat, LINES.items(), strict=True):
+        values = [points[name, size] for size in sizes]
+        middle = [value.middle for value in values]
+        reach = [[v.middle - v.low for v in values], [v.high - v.middle for v in values]]
+        axis.errorbar(sizes, middle, yerr=reach, marker="o", markersize=4, capsize=3)
+        linear = [middle[0] * size / sizes[0] for size in sizes]
+        if name not in ("E", "S"):
+            axis.plot(sizes, linear, linestyle=":", color="gray", label="proportional to the first")
+            axis.legend(frameon=False)
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel=name,
+            ylabel="ms",
+            title=f"{'block' if name == 'S' else 'layer'} over {name}",
+        )
+        axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        axis.minorticks_off()
+        axis.set_ylim(0.7 * min(v.low for v in values), 1.4 * max([v.high for v in values]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def page(points: dict[tuple[str, int], Ratio], ranks: dict[str, Ratio], facts: dict[str, str], picture: str) -> str:
+    """The tables of docs/benchmarks.md."""
+    lines = [" · ".join(f"{key} {value}" for key, value in facts.items()), ""]
+    lines += [f"![milliseconds of forward and backward over each size]({picture})", ""]
+    lines += ["| line | milliseconds, quartiles in brackets |", "| --- | --- |"]
+    for name, sizes in LINES.items():
+        cells = (
+            f"{size}: {value.middle:.1f} [{value.low:.1f}, {value.high:.1f}]"
+            for size, value in ((s, points[name, s]) for s in sizes)
+        )
+        lines.append(f"| {name} | {' · '.join(cells)} |")
+    lines += ["", "| ranks, gloo, a thread each | |", "| --- | --- |"]
+    lines += [
+        f"| {name} | {value.middle:,.2f} [{value.low:,.2f}, {value.high:,.2f}] |" for name, value in ranks.items()
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Time everything, print, and write what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of the layers; ranks are always timed by the wall clock"
+    )
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="renew the tables of a page, between its markers")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2: quartiles need two values")
+    if arguments.write and not has_markers(arguments.write, NAME):
+        parser.error(f"--write {arguments.write} must be a page with the lines {' and '.join(markers(NAME))}")
+    torch.set_num_threads(1)
+    points = time_lines(arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
+    ranks = time_ranks(max(2, arguments.rounds // 3))
+    facts = {**machine(), "rounds": str(arguments.rounds)}
+    text = page(points, ranks, facts, f"benchmarks/{NAME}.png")
+    print(text)
+    if arguments.write:
+        plot(points, arguments.write.with_suffix("") / f"{NAME}.png")
+        write_between(arguments.write, NAME, text)
+    if arguments.json:
+        figures = {f"{name} {size}, ms": value for (name, size), value in points.items()} | ranks
+        arguments.json.write_text(json.dumps({"facts": facts, "figures": figures}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
