@@ -21,7 +21,7 @@ from moe.routers.topk import Config as TopK
 
 
 def run() -> Run:
-    """1.03 billion parameters, 0.09 active; ten steps of 1,024 tokens."""
+    """1.03 billion parameters, 0.09 active; twenty steps of 1,024 tokens."""
     return Run(
         name="billion",
         model=Model(
@@ -34,11 +34,11 @@ def run() -> Run:
         ),
         data=Data(sequence_length=256),
         train=Train(
-            steps=10,
+            steps=20,
             batch_rows=4,
             micro_rows=4,
-            optimizer=AdamW(lr=3e-4),
-            schedule=Cosine(warmup_steps=2),
+            optimizer=AdamW(lr=1e-4),
+            schedule=Cosine(warmup_steps=10),
             loss_chunk=512,
         ),
         evaluation=Evaluation(final_rows=4, probe_rows=0),
