@@ -41,6 +41,6 @@ def run() -> Run:
             schedule=Cosine(warmup_steps=10),
             loss_chunk=512,
         ),
-        evaluation=Evaluation(final_rows=4, probe_rows=0),
+        evaluation=Evaluation(rows=4, final_rows=4, probe_rows=0),
         checkpoint=Checkpoint(asynchronous=False),
     )

@@ -9,6 +9,8 @@ from moe.errors import UserError
 
 LONGEST = 2000
 """Lines kept per layer and log; beyond, every second line of the older half goes, so that memory stays bounded."""
+METRICS = ("step", "tokens", "loss", "losses", "skipped")
+"""What the rules read of a line of metrics: the rest of it would be most of what a trainer holds of a long run."""
 SETTLING_STEPS = 1000
 STEP = {"step": (int,)}
 STEP_AND_LAYER = {"step": (int,), "layer": (int,)}
@@ -68,7 +70,7 @@ class History:
     def add(self, name: str, row: Json) -> None:
         """Take one row of metrics, routing or health, as the trainer writes it."""
         if name == "metrics":
-            rows = self.metrics
+            rows, row = self.metrics, {key: row[key] for key in METRICS if key in row}
         elif name in ("routing", "health"):
             rows = getattr(self, name).setdefault(row["layer"], [])
         else:
