@@ -7,8 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.config.schema import GroupedQueryAttention, LatentAttention, Lora, Model, MoE
-from moe.cost import forward_flops_per_token, parameters, train_flops_per_token
+from moe.config.schema import AdamW, Data, GroupedQueryAttention, LatentAttention, Lora, Model, MoE, Run, Train
+from moe.cost import forward_flops_per_token, memory_bytes, parameters, train_flops_per_token
 from moe.model import Transformer
 from moe.routers.topk import Config as TopK
 
@@ -62,6 +62,48 @@ def test_flops_are_those_that_torch_counts_but_for_the_first_input(name):
     assert forward_flops_per_token(adapted(name), S) == pytest.approx(forward, rel=1e-12)
     spared = 2 * 32 * (32 + 16 + 16) + 2 * 3 * 32 * RANK
     assert train_flops_per_token(adapted(name), S) - spared == pytest.approx(train, rel=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_memory_is_that_of_frozen_weights_their_sums_and_trained_adapters(precision):
+    """The copies of experts with adapters are what autograd keeps more than without, to 10 %; states are the adapters' alone."""
+    model, _ = MODELS["all"]
+    wide = replace(model, moe=replace(model.moe, backend="torch", expert_hidden=512, num_experts=8))
+    lora = replace(wide, lora=Lora(rank=RANK, targets=("experts",)))
+    plain, with_lora = (memory_bytes(run_of(each, precision)) for each in (wide, lora))
+    counts = parameters(lora)
+    experts = max(layer.get("experts", 0) for layer in counts.layers)
+    assert with_lora["optimizer"] == 8 * counts.components["lora"]
+    assert with_lora["gradients"] == 4 * (counts.components["lora"] + experts)
+    assert with_lora["parameters"] - plain["parameters"] == 4 * counts.components["lora"]
+    kept = kept_stacks(lora, getattr(torch, precision))
+    assert kept == counts.components["experts"] * (4 if precision == "float32" else 2)
+    if precision == "float32":
+        assert with_lora["weight_casts"] - plain["weight_casts"] == kept
+
+
+def run_of(model: Model, precision: str) -> Run:
+    train = Train(steps=2, batch_rows=2, micro_rows=2, optimizer=AdamW(lr=1e-3), precision=precision)
+    return Run(name="test", model=model, data=Data(sequence_length=S), train=train)
+
+
+def kept_stacks(model: Model, dtype: torch.dtype) -> int:
+    """Bytes of the tensors of experts' shape that autograd keeps from a forward pass, the parameters themselves apart."""
+    built = Transformer(model, dtype=dtype)
+    own, kept = {p.data_ptr() for p in built.parameters()}, {}
+
+    def pack(tensor):
+        shape = list(tensor.shape)
+        stacked = len(shape) == 3 and shape[0] == model.moe.num_experts and model.moe.expert_hidden in shape
+        if stacked and RANK not in shape and tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(0, model.vocab_size, (2, S), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = built(ids, targets_BS=ids)
+    assert output.loss is not None
+    return sum(tensor.nbytes for tensor in kept.values())
 
 
 def test_adding_to_whole_experts_is_more_than_what_is_counted_as_the_model():

@@ -40,7 +40,8 @@ def memory_bytes(run: Run, layout: Layout | None = None) -> dict[str, int]:
 
     Without a layout, those of one process that holds everything. parameters, gradients and optimizer (the
     averages) in float32; weight_casts: the copies of matrices that autograd keeps, in bfloat16 (or in the order in
-    which `block_sparse` wants experts of one width); gathered: what FSDP holds whole, the block in use and the next one
+    which `block_sparse` wants experts of one width, or with adapters added; then gradients and averages are the adapters', and
+    gradients besides those of one layer's whole experts); gathered: what FSDP holds whole, the block in use and the next one
     in the type of products, one block's gradients in float32, and what is around the blocks; activations: what
     micro-batches keep for backward; masks: attention masks, for documents or windows; logits: log-probabilities and
     their gradient; exchange: vectors on their way to experts' ranks and back. With activation checkpointing only block
@@ -76,12 +77,13 @@ def stage_memory(run: Run, layout: Layout, stage: int) -> dict[str, int]:
     shares = stage_parameters(model, blocks)
     held = parameters_per_rank(layout, shares)
     # Muon keeps one average of a block's matrices, and none of them is cut
+    trained = held if model.lora is None else sum(counted(model).layers[layer].get("lora", 0) for layer in blocks)
     by_muon = run.train.optimizer.name == "muon"
     one_average = sum(part.matrices + part.experts for part in shares if part.layer >= 0) if by_muon else 0
     parts = {
         "parameters": FLOAT32 * held,
-        "gradients": FLOAT32 * held,
-        "optimizer": FLOAT32 * (2 * held - one_average),
+        "gradients": FLOAT32 * (trained + _merged_gradient(model)),
+        "optimizer": FLOAT32 * (2 * trained - one_average),
         "weight_casts": cast + whole_head * size * model.vocab_size * model.dim,
         "gathered": _gathered_bytes(layout, shares, size),
         "activations": activations + last * passes * tokens * _norm_bytes(model.dim, size),
@@ -107,6 +109,13 @@ def _passes_held(run: Run, layout: Layout, stage: int) -> int:
     if layout.pipeline > 1 and run.parallel.pipeline_schedule == "gpipe":
         return accumulation(run, layout)
     return min(accumulation(run, layout), layout.pipeline - stage)
+
+
+def _merged_gradient(model: Model) -> int:
+    """Elements of the gradient of one layer's whole experts, which exists while adapters on them are differentiated."""
+    if model.lora is None or "experts" not in model.lora.targets:
+        return 0
+    return max(layer.get("experts", 0) for layer in counted(model).layers)
 
 
 def _casts_held(model: Model, layout: Layout, counts: dict[str, int], size: int) -> float:
@@ -144,9 +153,11 @@ def masked(model: Model, layer: int) -> bool:
 
 
 def _cast_bytes(model: Model, components: dict[str, int], size: int) -> int:
-    """Bytes of the copies of one block's matrices that autograd keeps."""
+    """Bytes of the copies of one block's matrices that autograd keeps; experts with adapters are such a copy in any type."""
     if size != FLOAT32:
         return size * sum(n for name, n in components.items() if name not in ("norm", "router"))
+    if model.lora is not None and "experts" in model.lora.targets:
+        return size * components.get("experts", 0)
     moe = model.moe
     copies = moe is not None and moe.backend == "block_sparse" and len(set(expert_widths(moe))) == 1
     return size * 2 * components.get("experts", 0) // 3 if copies else 0
