@@ -53,6 +53,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+GPT_OSS = {
+    **SMALL,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 CASES = {
     "llama, biased, llama3": ("llama", {**SMALL, "attention_bias": True, "rope_parameters": LLAMA3}),
     "llama, tied, yarn": ("llama", {**SMALL, "tie_word_embeddings": True, "rope_parameters": YARN}),
@@ -72,6 +80,11 @@ CASES = {
     "deepseek_v2": ("deepseek_v2", {**LATENT, "topk_method": "greedy", "routed_scaling_factor": 2.5}),
     "deepseek_v2, whole queries": ("deepseek_v2", {**LATENT, "topk_method": "greedy", "q_lora_rank": None}),
     "deepseek_v3": ("deepseek_v3", {**LATENT, "n_group": 1, "topk_group": 1}),
+    "gpt_oss": ("gpt_oss", GPT_OSS),
+    "gpt_oss, yarn, every expert": (
+        "gpt_oss",
+        {**GPT_OSS, "num_hidden_layers": 3, "num_experts_per_tok": 4, "rope_parameters": YARN},
+    ),
     "deepseek_v3, groups": ("deepseek_v3", {**LATENT, "n_group": 4, "topk_group": 2, "norm_topk_prob": False}),
 }
 
@@ -160,7 +173,13 @@ def test_rows_that_32_does_not_divide_are_float16_and_named(tmp_path, capsys):
         ),
         ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, "fewer key/value heads"),
         ("qwen3", {"attention_bias": True}, "qkv_bias"),
-        ("gpt_oss", {"swiglu_alpha": 1.0, "swiglu_limit": 1e30, "head_dim": 16}, "its own activation"),
+        ("gpt_oss", {**GPT_OSS, "swiglu_alpha": 1.0, "swiglu_limit": 1e30}, "moe.activation=swiglu with"),
+        ("gpt_oss", {**GPT_OSS, "swiglu_limit": 5.0}, r"moe.activation_limit=5 \(7.0 there\)"),
+        ("gpt_oss", {**GPT_OSS, "swiglu_alpha": 1.5}, r"moe.activation_alpha=1.5 \(1.702 there\)"),
+        ("gpt_oss", {**GPT_OSS, "attention_bias": False}, "attention without biases"),
+        ("gpt_oss", {**GPT_OSS, "layer_types": ["full_attention", "sliding_attention"]}, r"attention.windows=\(0, 6\)"),
+        ("gpt_oss", {**GPT_OSS, "tie_word_embeddings": True}, "tied_head"),
+        ("gpt_oss", {**GPT_OSS, "rope_parameters": {**YARN, "truncate": False}}, "truncate"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(family, values, says, tmp_path):
@@ -213,3 +232,19 @@ def test_llama_cpp_has_the_same_probabilities_and_the_same_greedy_text(case, tmp
         assert allowed.max() - allowed[step["id"]] < 0.02, "the chosen token is the most probable, or as good as"
         ids = torch.cat((ids, torch.tensor([[step["id"]]])), dim=1)
     assert len(steps) == 6
+
+
+@needs_gguf
+def test_gate_and_up_of_gpt_oss_take_turns_and_its_matrices_are_turned(tmp_path):
+    model = theirs("gpt_oss", tmp_path / "theirs")
+    assert main(["gguf", str(tmp_path / "theirs"), "--out", str(tmp_path / "m.gguf"), "--type", "f32"]) == 0
+    found, state = read(tmp_path / "m.gguf"), model.state_dict()
+    assert sum(t.numel() for t in found.values()) == sum(t.numel() for t in state.values())
+    both = state["model.layers.1.mlp.experts.gate_up_proj"]
+    biases = state["model.layers.1.mlp.experts.gate_up_proj_bias"]
+    assert torch.equal(found["blk.1.ffn_gate_exps.weight"][2], both[2, :, 0::2].t())
+    assert torch.equal(found["blk.1.ffn_up_exps.weight"][2], both[2, :, 1::2].t())
+    assert torch.equal(found["blk.1.ffn_up_exps.bias"][2], biases[2, 1::2])
+    down = state["model.layers.0.mlp.experts.down_proj"]
+    assert torch.equal(found["blk.0.ffn_down_exps.weight"][3], down[3].t())
+    assert torch.equal(found["blk.0.attn_sinks.weight"], state["model.layers.0.self_attn.sinks"])

@@ -81,7 +81,7 @@ def pieces(model: Model, family: str, table: list[tuple[str, tuple[int, ...]]]) 
     """The file's tensors, out of the names and shapes of the export's. Every one of those is used once."""
     import gguf  # pyright: ignore[reportMissingImports]
 
-    architecture = gguf.MODEL_ARCH[{"deepseek2": "DEEPSEEK2"}.get(ARCHITECTURES[family], ARCHITECTURES[family].upper())]
+    architecture = gguf.MODEL_ARCH[ARCHITECTURES[family].upper().replace("-", "_")]
     names = gguf.get_tensor_name_map(architecture, model.num_layers)
     done: set[str] = set()
     for name, shape in table:
@@ -92,6 +92,8 @@ def pieces(model: Model, family: str, table: list[tuple[str, tuple[int, ...]]]) 
                 done.add(own)
                 each = [f"{expert[1]}.{e}.{expert[3]}" for e in range(_experts(model))]
                 yield Piece(_named(names, own), _stacked(each), (len(each), *shape))
+        elif family == "gpt_oss" and ".experts." in name:
+            yield from _gpt_oss_experts(name, shape, names)
         elif name.endswith("kv_b_proj.weight"):
             yield from _key_value(model, name, names)
         else:
@@ -108,11 +110,27 @@ def _experts(model: Model) -> int:
 
 def _named(names: Any, name: str) -> str:
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if found is None and name.endswith(".sinks"):
-        found = names.get_name(name)
+    if found is not None and name.endswith(".sinks"):
+        found = f"{found}.weight"
     if found is None:
         raise ConfigError(f"this architecture of llama.cpp has no place for {name}")
     return found
+
+
+def _gpt_oss_experts(name: str, shape: tuple[int, ...], names: Any) -> Iterator[Piece]:
+    """Its matrices [E, in, out] are [E, out, in] there; columns of gate and up, which take turns, are two tensors."""
+    own, matrix = name.removesuffix("_bias"), not name.endswith("_bias")
+    end = "weight" if matrix else "bias"
+    parts = (("gate_proj", slice(0, None, 2)), ("up_proj", slice(1, None, 2)))
+    for part, columns in parts if own.endswith("gate_up_proj") else (("down_proj", slice(None)),):
+        place = names.get_name(f"{own.rpartition('.')[0]}.{part}")
+        size = shape[-1] // (columns.step or 1)
+
+        def make(files: Files, columns: slice = columns) -> Tensor:
+            chosen = files.tensor(name)[..., columns]
+            return chosen.transpose(1, 2) if matrix else chosen
+
+        yield Piece(f"{place}.{end}", make, (shape[0], size, shape[1]) if matrix else (shape[0], size))
 
 
 def _stacked(each: list[str]) -> Callable[[Files], Tensor]:
@@ -172,7 +190,7 @@ def _write(
     types = []
     for piece in planned:
         kind = asked
-        if len(piece.shape) == 1 or piece.name.endswith(_FLOAT32):
+        if len(piece.shape) == 1 or piece.name.endswith((".bias", *_FLOAT32)):
             kind = gguf.GGMLQuantizationType.F32
         elif piece.shape[-1] % gguf.GGML_QUANT_SIZES[asked][0]:
             kind = gguf.GGMLQuantizationType.F16

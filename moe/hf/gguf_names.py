@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "olmoe": "olmoe",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
+    "gpt_oss": "gpt-oss",
 }
 """Families to llama.cpp's architectures."""
 _RENORMALISED = {"mixtral": True, "olmoe": False, "qwen2_moe": False, "qwen3_moe": True}
@@ -30,11 +31,13 @@ SOFTMAX, SIGMOID = 1, 2
 
 def refuse(model: Model, family: str) -> None:
     """Raise ConfigError naming what llama.cpp would compute in another way."""
-    require(family != "gpt_oss", "family 'gpt_oss': llama.cpp computes its own activation (alpha 1.702, clamped at 7)")
     attention, moe, yarn = model.attention, model.moe, model.rotary.yarn
+    if family == "gpt_oss":
+        _refuse_gpt_oss(model)
     if isinstance(attention, GroupedQueryAttention):
-        require(set(attention.windows) == {0}, f"attention.windows={attention.windows} with family '{family}'")
-        biased = family in ("llama", "qwen2_moe")
+        windows = attention.windows
+        require(family == "gpt_oss" or set(windows) == {0}, f"attention.windows={windows} with family '{family}'")
+        biased = family in ("llama", "qwen2_moe", "gpt_oss")
         require(biased or not attention.qkv_bias, f"attention.qkv_bias with family '{family}'")
         alike = attention.num_kv_heads == attention.num_heads or family != "olmoe"
         require(alike, "fewer key/value heads than heads with family 'olmoe'")
@@ -60,6 +63,24 @@ def refuse(model: Model, family: str) -> None:
         require(router.num_groups == 1, "router.num_groups in deepseek_v2 (groups are chosen as DeepSeek-V3 does)")
 
 
+def _refuse_gpt_oss(model: Model) -> None:
+    """Its architecture has one activation, biases everywhere, and windows in every other layer, from the first on."""
+    attention, moe = model.attention, model.moe
+    assert isinstance(attention, GroupedQueryAttention) and moe is not None
+    require(
+        moe.activation == "swiglu_oai" and moe.expert_bias, f"moe.activation={moe.activation} with family 'gpt_oss'"
+    )
+    for name, there in (("activation_alpha", 1.702), ("activation_limit", 7.0)):
+        require(getattr(moe, name) == there, f"moe.{name}={getattr(moe, name):g} ({there} there)")
+    require(attention.qkv_bias and attention.out_bias, "attention without biases with family 'gpt_oss'")
+    windows = [attention.windows[i % len(attention.windows)] for i in range(model.num_layers)]
+    wanted = [0 if i % 2 else windows[0] for i in range(model.num_layers)]
+    require(
+        windows[0] > 0 and windows == wanted, f"attention.windows={attention.windows} (one, and none, in turn there)"
+    )
+    require(not model.tied_head, "tied_head with family 'gpt_oss'")
+
+
 def settings(model: Model, family: str, context_length: int) -> Iterator[tuple[str, int | float | bool | str]]:
     """Metadata under the architecture's prefix; the type says how it is stored."""
     attention, rotary, moe = model.attention, model.rotary, model.moe
@@ -81,6 +102,8 @@ def settings(model: Model, family: str, context_length: int) -> Iterator[tuple[s
         yield "attention.key_length", attention.head_dim
         yield "attention.value_length", attention.head_dim
         yield "rope.dimension_count", attention.head_dim
+        if family == "gpt_oss":
+            yield "attention.sliding_window", attention.windows[0]
     if rotary.linear != 1:
         yield "rope.scaling.type", "linear"
         yield "rope.scaling.factor", rotary.linear
