@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from moe.cli import main
 from moe.config.load import load
 from moe.data import prepare
+from moe.errors import CheckpointError, ConfigError
 from moe.evaluation.offline_tasks import items
-from moe.evaluation.perplexity import evaluate_folder, summed
+from moe.evaluation.perplexity import evaluate_folder, measure, summed
 from moe.model import Transformer
 from moe.opened import open_model
-from moe.surgery.start import begin_run
+from moe.surgery.start import begin_run, model_of, read_run
 from moe.train.evaluate import EvaluationResult
 from tests.tiny_runs import tiny_dict, write_corpus
 
@@ -82,6 +83,23 @@ def test_a_run_and_its_export_have_the_same_figures(run_folder, capsys):
         assert export[key] == pytest.approx(own[key], rel=1e-5)
     assert main(["eval", str(run_folder / "run"), "--rows", "6"]) == 0
     assert "other" in capsys.readouterr().out
+
+
+def test_overrides_change_what_is_measured_or_are_refused(run_folder, capsys):
+    folder, recipe = run_folder / "run", str(run_folder / "run" / "run.json")
+    whole = evaluate_folder(folder, rows=4)
+    other = evaluate_folder(folder, rows=4, overrides=["model.moe.top_k=4"])
+    saved = load(folder / "run.json", ["model.moe.top_k=4"])
+    expected = measure(model_of(saved, read_run(folder).tensors), prepare(saved.data), 4)[0]
+    assert other["loss"] == expected.loss != whole["loss"]
+    with pytest.raises(ConfigError, match=r"train\.steps changes nothing"):
+        evaluate_folder(folder, overrides=["train.steps=3"])
+    for folder in (run_folder / "run", run_folder / "hf"):
+        with pytest.raises(ConfigError, match="weights are of one model"):
+            evaluate_folder(folder, recipe=recipe, overrides=["model.moe.top_k=4"])
+    with pytest.raises(CheckpointError, match="do not fit"):
+        evaluate_folder(run_folder / "run", overrides=["model.ffn_hidden=8", "model.moe.expert_hidden=4"])
+    assert main(["eval", str(run_folder / "run"), "--tasks", "offline", "--recipe", recipe]) == 2
 
 
 def test_bits_per_byte_is_what_its_name_says():

@@ -15,8 +15,9 @@ from moe.cost import parameters
 from moe.data import prepare
 from moe.errors import ConfigError, UserError
 from moe.model import Transformer
-from moe.surgery.prune import Plan, look, prune, prune_tensors, pruned_model
-from moe.surgery.scores import LayerUse
+from moe.surgery.esft import fine_tune
+from moe.surgery.prune import Plan, describe, look, prune, prune_tensors, pruned_model
+from moe.surgery.scores import LayerUse, _add, _unused
 from moe.surgery.select import aligned, best, expert_dimension, groups_by_output, groups_by_router, merge_experts
 from moe.surgery.start import begin_run, read_run
 from tests.tiny_runs import tiny_dict
@@ -61,6 +62,74 @@ def test_scores_equal_a_loop_over_tokens(source):
     torch.testing.assert_close(uses[0].score("mean_norm"), norm / rows.clamp(min=1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(uses[0].score("reap"), weighted / rows.clamp(min=1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(uses[0].score("weighted_norm"), weighted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("router", "weight"),
+    [
+        (["model.moe.router.gate=full"], lambda logits, e: float(logits.softmax(0)[e])),
+        (["model.moe.router=llama4"], lambda logits, e: float(logits[e].sigmoid())),
+    ],
+    ids=["full softmax", "on the input"],
+)
+def test_weights_that_do_not_sum_to_one_enter_reap_as_the_layer_uses_them(router, weight, tmp_path):
+    """One layer in float64, row by row: the length of what each expert adds; and without the gate."""
+    run = load({**tiny_dict(tmp_path), "model": {**tiny_dict(tmp_path)["model"], "init_std": 0.3}}, router)
+    model = Transformer(run.model, seed=3).eval()
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    layer = model.layers[0].moe
+    with torch.no_grad():
+        _, routing = layer(x.unsqueeze(0))
+        use = _unused(4)
+        _add(use, layer, x, routing)
+    gate, up, down = (p.detach().double() for p in layer.experts.parameters())
+
+    def length(x, e):
+        return float(((torch.nn.functional.silu(x @ gate[e]) * (x @ up[e])) @ down[e]).norm())
+
+    rows, norm, added, gates = torch.zeros(4, 4, dtype=torch.float64)
+    for x_D in x.double():
+        logits = layer.router.weight_ED.detach().double() @ x_D
+        for e in logits.topk(2).indices.tolist():
+            g = weight(logits, e)
+            rows[e], norm[e], gates[e] = rows[e] + 1, norm[e] + length(x_D, e), gates[e] + g
+            added[e] += length(g * x_D, e) if router[0].endswith("llama4") else g * length(x_D, e)
+    torch.testing.assert_close(use.score("reap"), added / rows.clamp(min=1), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(use.score("mean_norm"), norm / rows.clamp(min=1), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(use.gates_E, gates, rtol=1e-4, atol=1e-7)
+
+
+def test_experts_stay_in_the_groups_that_limit_their_router(tmp_path):
+    """Two groups of four, of which a token gets the better one: two of each stay, which closing the others confirms."""
+    settings = {"num_experts": 8, "router": {"name": "loss_free", "num_groups": 2, "top_groups": 1}}
+    values = tiny_dict(tmp_path)
+    values["model"] |= {"init_std": 0.3, "moe": {**values["model"]["moe"], **settings}}
+    run = load(values)
+    tensors = Transformer(run.model, seed=3).state_dict()
+    tensors["layers.0.moe.experts.w_down_EFD"][:3] *= 30
+    begin_run(tmp_path / "run", run, tensors, {})
+    origin = prune(tmp_path / "run", tmp_path / "out", Plan(keep=0.5, rows=4))
+    score = origin["scores"]["0"]
+    kept = [e for (e,) in origin["experts"]["0"]]
+    assert kept == sorted(
+        sorted(range(4), key=lambda e: -score[e])[:2] + sorted(range(4, 8), key=lambda e: -score[e])[:2]
+    )
+    assert len(prune(tmp_path / "run", tmp_path / "more", Plan(keep=0.3, rows=4))["experts"]["0"]) == 4
+    with pytest.raises(ConfigError, match="best 1 of 2 groups"):
+        prune(tmp_path / "run", tmp_path / "x", Plan(method="merge"))
+
+
+def test_a_taken_folder_is_refused_before_the_text_is_read_and_fewer_choices_are_said(source, tmp_path, monkeypatch):
+    text = describe(
+        {**prune(source.folder, tmp_path / "one", Plan(keep=0.5, rows=4)), "top_k": {"before": 4, "after": 3}}, tmp_path
+    )
+    assert "experts per token: 3, 4 before" in text
+    monkeypatch.setattr("moe.surgery.prune.look", lambda *_: pytest.fail("looked"))
+    with pytest.raises(ConfigError, match="not empty"):
+        prune(source.folder, tmp_path / "one", Plan())
+    monkeypatch.setattr("moe.surgery.esft.measure_use", lambda *_, **__: pytest.fail("looked"))
+    with pytest.raises(ConfigError, match="not empty"):
+        fine_tune(source.folder, tmp_path / "one", [])
 
 
 def test_a_hand_made_layer_is_ranked_as_its_formulas_say():

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moe.cli.common import JsonOption, OverridesArgument, RecipeArgument, RunByDefault, lazy, print_result
+from moe.errors import ConfigError
 
 app = typer.Typer()
 store = typer.Typer(help="Keep many variants of one model, every number once.")
@@ -251,6 +252,8 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Perplexity and bits per byte on validation text, whole and by source; or tasks of lm-evaluation-harness."""
+    if tasks and (recipe or overrides):
+        raise ConfigError("tasks bring their own text: leave out --recipe and settings, or --tasks")
     if tasks:
         module = import_module("moe.evaluation.harness")
         result = module.run_tasks(folder, tasks.split(","), limit=rows)

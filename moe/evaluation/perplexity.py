@@ -15,7 +15,8 @@ from moe.config.schema import PretrainedTokenizer, Run, Source
 from moe.data import Corpus, prepare
 from moe.errors import ConfigError
 from moe.model import Transformer
-from moe.opened import open_model
+from moe.opened import Opened, open_model
+from moe.surgery.start import model_of
 from moe.train.evaluate import EvaluationResult, evaluate
 
 
@@ -45,10 +46,12 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """Evaluate a run's newest checkpoint, or an export on the data of `recipe` with its own tokenizer.
 
+    Overrides change the data, and of a run on its own data also the model, as far as the weights fit it: other top_k, say.
     Returns JSON: the whole and every source that has rows, each with loss, perplexity, bits per byte and its interval.
-    Raises ConfigError for an export without a recipe.
+    Raises ConfigError for an export without a recipe, and for overrides that would change nothing.
     """
     opened = open_model(folder)
+    _refuse_unread(overrides, own=opened.run is not None and not recipe, export=opened.run is None)
     run = _settings(folder, recipe, overrides)
     corpus = prepare(run.data)
     if corpus.vocab_size > opened.model.config.vocab_size:
@@ -59,7 +62,7 @@ def evaluate_folder(
     if opened.run is None:
         # transformers' format does not say whether a token sees the documents before its own in a row: the recipe does
         opened.model.config = replace(opened.model.config, document_mask=run.model.document_mask)
-    found = measure(opened.model, corpus, rows)
+    found = measure(_overridden(opened, recipe, overrides), corpus, rows)
     return {
         "folder": str(folder),
         "step": opened.step,
@@ -67,6 +70,24 @@ def evaluate_folder(
         "sources": [_json(one) for one in found[1:]],
         **_json(found[0]),
     }
+
+
+def _refuse_unread(overrides: Sequence[str], *, own: bool, export: bool) -> None:
+    """Raise ConfigError for an override that no evaluation reads."""
+    for text in overrides:
+        path = text.partition("=")[0]
+        known = path.split(".")[0] == "data" or (own and path.split(".")[0] == "model")
+        if not known and not (export and path == "model.document_mask"):
+            model = " and model.*" if own else ", for the weights are of one model" if path.startswith("model") else ""
+            raise ConfigError(f"{path} changes nothing of this evaluation, which reads data.*{model}: leave it out")
+
+
+def _overridden(opened: Opened, recipe: str, overrides: Sequence[str]) -> Transformer:
+    """The model with a run's overrides."""
+    if opened.run is None or recipe:
+        return opened.model
+    run = load(opened.run, overrides)
+    return opened.model if run.model == opened.run.model else model_of(run, opened.model.state_dict())
 
 
 def _settings(folder: Path, recipe: str, overrides: Sequence[str]) -> Run:

@@ -20,6 +20,7 @@ from moe.surgery.scores import LayerUse, calibration_batches, measure_use
 from moe.surgery.select import expert_dimension
 from moe.surgery.start import begin_run, model_of, read_run
 from moe.train.evaluate import evaluate
+from moe.train.record import require_free
 
 
 def chosen_experts(share_E: Tensor, threshold: float) -> list[int]:
@@ -60,6 +61,7 @@ def fine_tune(
         raise ConfigError(f"threshold ({threshold}) must be above 0 and at most 1 (every expert that is used)")
     if score not in ("token", "gate"):
         raise ConfigError(f"score {score!r} is unknown: choose token or gate")
+    require_free(out)
     source = read_run(folder)
     if source.run.model.moe is None:
         raise UserError(f"{folder} is a dense model, and this trains selected experts: give the folder of a sparse run")

@@ -16,6 +16,7 @@ from moe.model import Transformer
 from moe.surgery.scores import SCORES, LayerUse, Score, calibration_batches, measure_use
 from moe.surgery.select import best, groups_by_output, groups_by_router, keep_experts, merge_experts
 from moe.surgery.start import Source, begin_run, model_of, read_run
+from moe.train.record import require_free
 
 Method = Literal["drop", "merge", "cluster"]
 Budget = Literal["uniform", "global"]
@@ -51,16 +52,23 @@ class Plan:
             raise ConfigError(
                 "experts of different widths (moe.expert_widths) cannot be renumbered here: train with one width"
             )
+        groups = limiting_groups(moe)
+        if groups > 1 and (self.method, self.budget) != ("drop", "uniform"):
+            raise ConfigError(
+                f"the router takes experts of the best {getattr(moe.router, 'top_groups', 1)} of {groups} groups, so as many must "
+                f"stay in each, which method {self.method} with budget {self.budget} cannot do: use method drop, budget uniform"
+            )
         return moe
 
     def scores(self, uses: Mapping[int, LayerUse]) -> dict[int, Tensor]:
         """Each layer's scores."""
         return {layer: use.score(self.score, seed=self.seed, layer=layer) for layer, use in uses.items()}
 
-    def counts(self, uses: Mapping[int, LayerUse], top_k: int) -> dict[int, int]:
-        """Experts that stay in each layer."""
+    def counts(self, uses: Mapping[int, LayerUse], top_k: int, groups: int = 1) -> dict[int, int]:
+        """Experts that stay in each layer; with groups the same number of each."""
         if self.budget == "uniform":
-            return {layer: math.ceil(len(use.rows_E) * self.keep - 1e-9) for layer, use in uses.items()}
+            sizes = {layer: len(use.rows_E) // groups for layer, use in uses.items()}
+            return {layer: groups * math.ceil(size * self.keep - 1e-9) for layer, size in sizes.items()}
         scores = {layer: score_E / score_E.mean() for layer, score_E in self.scores(uses).items()}
         total = math.ceil(sum(map(len, scores.values())) * self.keep - 1e-9)
         counts = dict.fromkeys(scores, top_k)
@@ -76,6 +84,12 @@ class Plan:
         for _, layer in rest[: max(0, total - sum(counts.values()))]:
             counts[layer] += 1
         return counts
+
+
+def limiting_groups(moe: MoE) -> int:
+    """Groups of consecutive experts of which a token gets only the best (DeepSeek); 1 where there is no such limit."""
+    groups = getattr(moe.router, "num_groups", 1)
+    return groups if getattr(moe.router, "top_groups", groups) < groups else 1
 
 
 def pruned_run(run: Run, counts: Mapping[int, int]) -> Run:
@@ -94,11 +108,15 @@ def pruned_run(run: Run, counts: Mapping[int, int]) -> Run:
 
 
 def prune_tensors(
-    tensors: Mapping[str, Tensor], uses: Mapping[int, LayerUse], plan: Plan, counts: Mapping[int, int]
+    tensors: Mapping[str, Tensor],
+    uses: Mapping[int, LayerUse],
+    plan: Plan,
+    counts: Mapping[int, int],
+    groups_of_experts: int = 1,
 ) -> tuple[dict[str, Tensor], dict[int, list[list[int]]]]:
     """The state with so many experts in each layer, and by block which old experts each new one is made of."""
     if plan.method == "drop":
-        kept = {layer: best(score_E, counts[layer]) for layer, score_E in plan.scores(uses).items()}
+        kept = {layer: best(score_E, counts[layer], groups_of_experts) for layer, score_E in plan.scores(uses).items()}
         return keep_experts(tensors, kept), {layer: [[e] for e in order] for layer, order in kept.items()}
     find = groups_by_router if plan.method == "merge" else groups_by_output
     groups = {layer: find(use, counts[layer]) for layer, use in uses.items()}
@@ -124,17 +142,20 @@ def prune(folder: Path, out: Path, plan: Plan, overrides: Sequence[str] = ()) ->
 
     Overrides change the new run's settings, train.steps for the recovery training say.
     """
+    require_free(out)
     source = read_run(folder)
     moe = plan.check(source.run.model.moe, folder)
     uses = look(source, plan)
-    counts = plan.counts(uses, moe.top_k)
+    counts = plan.counts(uses, moe.top_k, limiting_groups(moe))
     run = load(pruned_run(source.run, counts), overrides)
-    tensors, groups = prune_tensors(source.tensors, uses, plan, counts)
+    assert run.model.moe is not None
+    tensors, groups = prune_tensors(source.tensors, uses, plan, counts, limiting_groups(moe))
     origin = {
         "made_by": "prune",
         "source": str(folder),
         "source_step": source.step,
         "plan": {name: getattr(plan, name) for name in plan.__dataclass_fields__},
+        "top_k": {"before": moe.top_k, "after": run.model.moe.top_k},
         "experts": {str(layer): of_layer for layer, of_layer in groups.items()},
         "scores": {str(layer): score_E.tolist() for layer, score_E in plan.scores(uses).items()},
     }
@@ -145,8 +166,8 @@ def prune(folder: Path, out: Path, plan: Plan, overrides: Sequence[str] = ()) ->
 def pruned_model(source: Source, uses: Mapping[int, LayerUse], plan: Plan) -> Transformer:
     """The pruned model alone, for those who compare many."""
     moe = plan.check(source.run.model.moe, source.folder)
-    counts = plan.counts(uses, moe.top_k)
-    tensors, _ = prune_tensors(source.tensors, uses, plan, counts)
+    counts = plan.counts(uses, moe.top_k, limiting_groups(moe))
+    tensors, _ = prune_tensors(source.tensors, uses, plan, counts, limiting_groups(moe))
     return model_of(load(pruned_run(source.run, counts)), tensors)
 
 
@@ -158,4 +179,7 @@ def describe(origin: dict[str, Any], out: Path) -> str:
     for layer, groups in origin["experts"].items():
         total = len(origin["scores"][layer])
         lines.append(f"layer {layer}: {len(groups)} of {total}: {' '.join('+'.join(map(str, g)) for g in groups)}")
+    top_k = origin["top_k"]
+    if top_k["after"] != top_k["before"]:
+        lines.append(f"experts per token: {top_k['after']}, {top_k['before']} before (top_k)")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """What each expert is worth, from a forward pass over training text: five scores, and what merging needs to know.
 
-For the rows that the router sends to expert e (token x, gate weight g, output E_e(x)):
+For the rows that the router sends to expert e (token x, gate weight g as the layer uses it, output E_e(x)):
 
-    reap            mean of g·|E_e(x)|   (REAP, arXiv 2510.13999; g divided by the token's sum of weights)
+    reap            mean of g·|E_e(x)|   (REAP, arXiv 2510.13999; |E_e(g·x)| where the weight is on the input)
     mean_norm       mean of |E_e(x)|, gate-free  (arXiv 2606.15716)
     weighted_norm   sum of g·|E_e(x)|
     frequency       number of rows
@@ -39,9 +39,9 @@ class LayerUse:
     norm_E: Tensor
     """Σ |E_e(x)| over routed rows."""
     weighted_E: Tensor
-    """Σ g·|E_e(x)| over routed rows."""
+    """Σ g·|E_e(x)| over routed rows: the length of what the expert adds."""
     gates_E: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """Σ g over routed rows, g a share of the token's weights."""
+    """Σ g over routed rows."""
     outputs: list[Tensor] = field(default_factory=list)
     """Every expert's outputs on sampled tokens [E, tokens, D]."""
     logits: list[Tensor] = field(default_factory=list)
@@ -97,13 +97,16 @@ def _add(use: LayerUse, layer: MoELayer, latent_TD: Tensor, routing: Routing) ->
     """Add one micro-batch's routed rows."""
     goes_R = routing.expert_R < routing.num_experts
     token_N, expert_N, weight_N = (part[goes_R] for part in (routing.token_R, routing.expert_R, routing.weight_R))
-    sum_T = torch.zeros(latent_TD.shape[0]).index_add_(0, token_N, weight_N.float())
-    share_N = weight_N / sum_T[token_N].clamp(min=1e-20)
-    norm_N = _through(layer, row_outputs(layer, latent_TD[token_N], expert_N)).double().norm(dim=-1)
+    x_ND, weight_N = latent_TD[token_N], weight_N.double()
+    norm_N = _through(layer, row_outputs(layer, x_ND, expert_N)).double().norm(dim=-1)
+    added_N = norm_N * weight_N
+    if routing.weight_on == "input":
+        weighed_ND = x_ND * weight_N.to(x_ND.dtype).unsqueeze(1)
+        added_N = _through(layer, row_outputs(layer, weighed_ND, expert_N)).double().norm(dim=-1)
     use.rows_E.index_add_(0, expert_N, torch.ones_like(norm_N))
-    use.gates_E.index_add_(0, expert_N, share_N.double())
+    use.gates_E.index_add_(0, expert_N, weight_N)
     use.norm_E.index_add_(0, expert_N, norm_N)
-    use.weighted_E.index_add_(0, expert_N, norm_N * share_N)
+    use.weighted_E.index_add_(0, expert_N, added_N)
 
 
 def row_outputs(layer: MoELayer, x_ND: Tensor, expert_N: Tensor) -> Tensor:

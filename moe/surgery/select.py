@@ -36,9 +36,14 @@ def keep_experts(tensors: Mapping[str, Tensor], kept: Mapping[int, Sequence[int]
     return result
 
 
-def best(score_E: Tensor, count: int) -> list[int]:
-    """The `count` experts of highest score, in their old order; of equal scores the lower number."""
-    return sorted(score_E.argsort(descending=True, stable=True)[:count].tolist())
+def best(score_E: Tensor, count: int, groups: int = 1) -> list[int]:
+    """The `count` experts of highest score, in their old order; of equal scores the lower number.
+
+    With groups of consecutive experts, as many of each, so that every expert stays in its group.
+    """
+    size = len(score_E) // groups
+    order_GE = score_E.view(groups, size).argsort(dim=1, descending=True, stable=True)[:, : count // groups]
+    return sorted((order_GE + size * torch.arange(groups).unsqueeze(1)).flatten().tolist())
 
 
 def merge_experts(

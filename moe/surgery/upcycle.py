@@ -146,7 +146,7 @@ def from_dense(
         gate_FD, up_FD, down_DF = (dense[f"{name}.ffn.{part}.weight"] for part in ("gate", "up", "down"))
         S, W = moe.shared_hidden, moe.expert_hidden
         router = f"{name}.moe.router"
-        scale = g / _weight_sum(routers[layer], after.dim)
+        scale = g / _weight_sum(routers[layer], after.dim, router_name(moe.router))
         shards = [slice(S + (e % g) * W, S + (e % g + 1) * W) for e in range(moe.num_experts)]
         parts = {
             "w_gate_EDF": torch.stack([gate_FD[part].t() for part in shards]),
@@ -182,14 +182,13 @@ def _shards(F: int, shared: int, width: int, experts: int, top_k: int, layer: in
     return g
 
 
-def _weight_sum(router: Router, dim: int) -> float:
+def _weight_sum(router: Router, dim: int, name: str) -> float:
     """What the gate weights of a token sum to; measured on random inputs. Raises ConfigError where it varies."""
     x_TD = torch.randn(64, dim, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         routing = router(x_TD, Tokens.of(torch.zeros(1, 64, dtype=torch.int64)))
     sum_T = torch.zeros(64).index_add_(0, routing.token_R, routing.weight_R.float())
     if float(sum_T.max() - sum_T.min()) > 1e-4 * float(sum_T.max()) or routing.bypass_TD is not None:
-        name = type(router).__module__.rsplit(".", 1)[-1]
         raise ConfigError(
             f"the weights of router '{name}' sum to {float(sum_T.min()):.3g} for one token and {float(sum_T.max()):.3g} for "
             "another, so copies of a layer do not add up to it: choose a router that renormalises, topk with gate=selected say"
