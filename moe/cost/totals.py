@@ -101,7 +101,14 @@ def saves_of(run: Run) -> int:
 
 def checkpoint_bytes(model: Model) -> int:
     """Bytes of one checkpoint."""
-    return BYTES_PER_PARAMETER * parameters(model).total + BYTES_PER_TENSOR * tensors(model)
+    return _state_bytes(model) + BYTES_PER_TENSOR * tensors(model)
+
+
+def _state_bytes(model: Model) -> int:
+    """Bytes of parameters and averages; of a frozen base there are no averages."""
+    counts = parameters(model)
+    frozen = counts.total - counts.components["lora"] if model.lora is not None else 0
+    return BYTES_PER_PARAMETER * counts.total - 8 * frozen
 
 
 def tensors(model: Model) -> int:
@@ -125,5 +132,5 @@ def process_bytes(run: Run) -> int:
 
     With checkpointing, measuring health can hold more than a step does, and is not in it.
     """
-    copy = BYTES_PER_PARAMETER * parameters(run.model).total if run.checkpoint.asynchronous else 0
+    copy = _state_bytes(run.model) if run.checkpoint.asynchronous else 0
     return PROCESS_BYTES + sum(memory_bytes(run).values()) + copy
