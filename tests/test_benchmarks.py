@@ -1,0 +1,56 @@
+"""The benchmarks' arithmetic against scipy and by hand: slopes and their intervals, hundreds of steps, what counts as reproduced."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import bench_flat  # noqa: E402
+import bench_repeat  # noqa: E402
+from bench_common import has_markers, write_between  # noqa: E402
+
+
+def test_a_slope_and_its_interval_are_those_of_scipy():
+    values = [3.0, 4.5, 3.9, 5.0, 6.2, 5.1]
+    found = bench_flat.slope(values)
+    truth = stats.linregress(np.arange(6) * 0.1, values)
+    reach = stats.t.ppf(0.975, 4) * truth.stderr
+    assert found == pytest.approx((truth.slope - reach, truth.slope, truth.slope + reach))
+
+
+def test_hundreds_of_a_run_of_even_pace():
+    # a look every 50 steps: 10 ms of processor time a step, a MiB more every 100 steps
+    seen = [(step, 5 + 0.01 * step, (100 + step // 100) * bench_flat.MIB) for step in range(0, 301, 50)]
+    per_step, held = bench_flat.hundreds(seen, 300)
+    assert per_step == pytest.approx([10, 10, 10])
+    assert held == [101, 102, 103]
+
+
+def test_a_figure_is_reproduced_where_the_intervals_meet():
+    former = {"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0, 3.0], "gone": [0.0, 0.0, 0.0]}
+    count, apart = bench_repeat.compare(former, {"a": [3.0, 4.0, 5.0], "b": [3.1, 4.0, 5.0], "new": [0.0, 0.0, 0.0]})
+    assert count == 2
+    assert [line.split(":")[0] for line in apart] == ["b"]
+
+
+def test_only_what_is_between_the_markers_is_renewed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- x begin -->\nold\n<!-- x end -->\nafter\n")
+    assert has_markers(page, "x")
+    assert not has_markers(page, "y")
+    write_between(page, "x", "new\n")
+    assert page.read_text() == "before\n<!-- x begin -->\n\nnew\n\n<!-- x end -->\nafter\n"
+
+
+def test_an_unknown_part_is_refused_before_anything_is_measured():
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/benchmarks"), "--part", "layers"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "unknown part 'layers': one of first-line step layer" in done.stderr
