@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic against scipy and by hand: slopes and their intervals, hundreds of steps, what counts as reproduced."""
+"""The benchmarks' arithmetic against scipy and by hand: slopes and intervals, hundreds of steps, what counts as reproduced."""
 
 import subprocess
 import sys
