@@ -16,10 +16,10 @@ from moe.routing import Routing, Tokens
 KERNEL = "topk_fwd_kernel"
 
 
-def layer_of(backend: str, router: str, precision: str = "native", **settings) -> MoELayer:
-    """Six experts, two for each token."""
+def layer_of(backend: str, router: str, precision: str = "native", experts: dict | None = None, **settings) -> MoELayer:
+    """Six experts, two for each token; `experts` are more settings of theirs."""
     config = resolve_router(router).Config(**settings)
-    sizes = {"num_experts": 6, "top_k": 2, "expert_hidden": 8}
+    sizes = {"num_experts": 6, "top_k": 2, "expert_hidden": 8, **(experts or {})}
     layer = MoELayer(MoE(**sizes, router=config, backend=backend, precision=precision), 16, layer=0)
     bias_E = getattr(layer.router, "bias_E", None)
     if bias_E is not None:
@@ -62,6 +62,19 @@ def test_layer_equals_the_reference_backend(launches, router, settings, fused):
         assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6 * value.abs().max()), name
     for name, value in old.statistics.items():
         assert torch.allclose(new.statistics[name].double(), value.double(), rtol=1e-5), name
+
+
+def test_clamped_experts_with_biases_equal_the_reference_backend():
+    settings = {"activation": "swiglu_oai", "activation_alpha": 1.3, "activation_limit": 0.5, "expert_bias": True}
+    layers = [layer_of(backend, "gpt_oss", experts=settings) for backend in ("reference", "triton")]
+    values = {name: torch.randn(p.shape) for name, p in layers[0].experts.named_parameters()}
+    for layer in layers:
+        layer.experts.load_state_dict(values)
+    x_BSD, dy_BSD = torch.randn(2, 2, 20, 16)
+    expected, found = (run(layer, x_BSD, dy_BSD)[1] for layer in layers)
+    assert {"experts.b_gate_EF", "experts.b_up_EF", "experts.b_down_ED"} <= expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-5 * value.abs().max()), name
 
 
 def test_a_replayed_choice_is_kept(launches):
