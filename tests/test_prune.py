@@ -132,6 +132,20 @@ def test_a_taken_folder_is_refused_before_the_text_is_read_and_fewer_choices_are
         fine_tune(source.folder, tmp_path / "one", [])
 
 
+def test_a_run_whose_making_was_killed_is_not_trained_from_first_values(source, tmp_path, monkeypatch, capsys):
+    """The process ends where the checkpoint is about to be written, and leaves its folder: SystemExit stands for the signal."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("moe.surgery.start.checkpoint.save", lambda *_: (_ for _ in ()).throw(SystemExit))
+        patch.setattr("moe.surgery.start.shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(SystemExit):
+            prune(source.folder, out, Plan(rows=4))
+    assert (out / "origin.json").is_file()
+    assert main(["resume", str(out)]) == 2 and not (out / "checkpoints").exists()
+    assert main(["prune", str(source.folder), "--out", str(out), "--rows", "4"]) == 2
+    assert "stopped while it was made" in capsys.readouterr().err
+
+
 def test_a_hand_made_layer_is_ranked_as_its_formulas_say():
     use = LayerUse(torch.tensor([4.0, 1.0, 0.0]), torch.tensor([4.0, 3.0, 0.0]), torch.tensor([2.0, 1.5, 0.0]))
     assert use.score("frequency").tolist() == [4, 1, 0]

@@ -99,3 +99,13 @@ def test_a_damaged_store_names_the_file(base, tmp_path):
     blob.write_bytes(b"\0" + blob.read_bytes()[1:-1])
     with pytest.raises(CheckpointError, match=blob.name):
         store.read(tmp_path, "base")
+
+
+def test_putting_the_run_again_mends_a_damaged_shard(base, tmp_path):
+    store.put(tmp_path, "base", base / "base")
+    blob = next(path for path in (tmp_path / "blobs").rglob("*") if path.is_file())
+    whole = blob.read_bytes()
+    blob.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert store.put(tmp_path, "again", base / "base")["new_shards"] == 1
+    assert blob.read_bytes() == whole
+    store.read(tmp_path, "base")

@@ -98,12 +98,13 @@ def begin_run(
             )
         ranks = parallel.start("cpu")
         backend = resolve_backend(run.model.moe.backend) if run.model.moe is not None else "none"
-        record.write_run(out, run, ranks, backend, corpus.fingerprint)
         write_json(out / ORIGIN, dict(origin))
         optimizer = build_optimizer(model, run.train.optimizer)
         _fill_state(optimizer)
         meta = {"run": dump(run), "tokens": 0, "world_size": 1, "threads": torch.get_num_threads()}
         checkpoint.save(out, 0, model, optimizer, meta, ranks)
+        # last: a folder with run.json and no checkpoint, of a process that was killed, would be trained from first values
+        record.write_run(out, run, ranks, backend, corpus.fingerprint)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise

@@ -43,7 +43,7 @@ def put(store: Path, name: str, folder: Path) -> dict[str, int]:
             digest = hashlib.blake2b(content, digest_size=20).hexdigest()
             blob = store / "blobs" / digest[:2] / digest
             counts["shards"] += 1
-            if not blob.exists():
+            if not _intact(blob, digest):
                 write_whole(blob, lambda stream, content=content: stream.write(content))
                 counts["new_shards"] += 1
                 counts["new_bytes"] += len(content)
@@ -75,12 +75,17 @@ def read(store: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return document, tensors
 
 
+def _intact(path: Path, digest: str) -> bool:
+    return path.is_file() and hashlib.blake2b(path.read_bytes(), digest_size=20).hexdigest() == digest
+
+
 def _blob(store: Path, digest: str) -> bytes:
     path = store / "blobs" / digest[:2] / digest
-    content = path.read_bytes() if path.is_file() else b""
-    if hashlib.blake2b(content, digest_size=20).hexdigest() != digest:
-        raise CheckpointError(f"{path} is missing or has other content than its name says: put the variant again")
-    return content
+    if not _intact(path, digest):
+        raise CheckpointError(
+            f"{path} is missing or has other content than its name says: put a run that has it, under any new name, which mends it"
+        )
+    return path.read_bytes()
 
 
 def get(store: Path, name: str, out: Path) -> Path:

@@ -33,9 +33,10 @@ def default_out(run: Run) -> Path:
 def require_free(out: Path) -> None:
     """Refuse a folder that holds anything. Raises ConfigError."""
     if out.exists() and (not out.is_dir() or any(path.name != ".lock" for path in out.iterdir())):
-        raise ConfigError(
-            f"out={str(out)!r} exists and is not empty: choose another folder, or continue that run with 'moe resume {out}'"
-        )
+        way = f"or continue that run with 'moe resume {out}'"
+        if out.is_dir() and not (out / "run.json").is_file():
+            way = "or remove it: it holds no run.json, so it is no run, or one that was stopped while it was made"
+        raise ConfigError(f"out={str(out)!r} exists and is not empty: choose another folder, {way}")
 
 
 def claim_folder(out: Path) -> None:
