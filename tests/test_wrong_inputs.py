@@ -64,7 +64,7 @@ COMMANDS = [
     Case("override twice", "show {run} train.steps=3 train.steps=4", ("train.steps is given twice", "keep one")),
     Case("out twice", "train {run} out=a out=b", ("out is given twice (a and b)",)),
     Case("out empty", "train {run} out=", ("out= names no folder", "runs/<name>")),
-    Case("out not empty", "train {run} out=full", ("out='full'", "not empty", "moe resume full"), {"full/x": b"x"}),
+    Case("out not empty", "train {run} out=full", ("out='full'", "not empty", "no run.json"), {"full/x": b"x"}),
     Case("out a file", "train {run} out=file", ("out='file'",), {"file": b"x"}),
     Case("out for show", "show {run} out=x", ("out is no setting", "moe train alone")),
     Case(
