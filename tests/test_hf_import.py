@@ -1,6 +1,12 @@
-"""`moe import`: a model that transformers wrote, as a run: the same loss as transformers', the same tensors back, trained on."""
+"""`moe import`: a model that transformers wrote, as a run: the same loss as transformers', the same tensors back, trained on.
+
+Memory is the process's own peak as the kernel counted it, against the bytes of the files.
+"""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -124,3 +130,43 @@ def test_a_recipe_gives_data_and_training(theirs, tmp_path):
     assert bring(tmp_path, "--recipe", "recipes/smoke.py") == 0
     run = load(tmp_path / "run" / "run.json")
     assert run.train.optimizer.lr == 3e-3 and run.model.dim == 16 and run.data.tokenizer.name == "bytes"
+
+
+_MEASURED = """
+import resource, sys
+from moe.cli import main
+
+def peak(small, large):
+    assert main(small) == 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main(large) == 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+folder, *settings = sys.argv[1:]
+small, large = (["import", f"{folder}/{name}", "--out", f"{folder}/run-{name}", *settings] for name in ("small", "large"))
+print("grown by KB:", peak(small, large))
+"""
+
+
+def test_import_holds_a_shard_and_a_stacked_tensor_not_the_model(tmp_path):
+    """72 MB in shards of 6 MB, each layer's experts spread over two of them: the whole model and its averages are 216 MB."""
+    values = {
+        **VALUES,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    for name, layers in (("small", 1), ("large", 5)):
+        config = AutoConfig.for_model("olmoe", **{**values, "num_hidden_layers": layers})
+        model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(tmp_path / name, max_shard_size="6MB")
+        save_tokenizer(Bytes(), tmp_path / name, 64)
+    assert len(list((tmp_path / "large").glob("*.safetensors"))) > 10
+    command = [sys.executable, "-c", _MEASURED, str(tmp_path), *settings(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"grown by KB: (\d+)", done.stdout)
+    assert found is not None and int(found[1]) < 24_000, done.stdout
+    stacked = read_run(tmp_path / "run-large").tensors["layers.3.moe.experts.w_up_EDF"]
+    theirs = model.state_dict()["model.layers.3.mlp.experts.gate_up_proj"]
+    assert torch.equal(stacked, theirs[:, 1024:].transpose(1, 2))

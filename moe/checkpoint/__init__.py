@@ -7,6 +7,7 @@ the ranks that wrote it had shared the model among them, so that any other numbe
 """
 
 from moe.checkpoint.folder import Damaged, Saved, checkpoint_root, find, newest, prune, published, set_aside
+from moe.checkpoint.fresh import save_fresh
 from moe.checkpoint.saver import Saver, save
 from moe.checkpoint.state import load, read_tensors, stored_names
 
@@ -22,6 +23,7 @@ __all__ = [
     "published",
     "read_tensors",
     "save",
+    "save_fresh",
     "set_aside",
     "stored_names",
 ]

@@ -15,8 +15,9 @@ if find_spec("transformers") is None:
 
 from moe.hf.adapters import export_adapters
 from moe.hf.bring import import_model
-from moe.hf.convert import export_run, family_of, load, read_config, save
+from moe.hf.convert import export_run, family_of, save
 from moe.hf.families import FAMILIES, Family
+from moe.hf.reading import load, read_config
 
 __all__ = [
     "FAMILIES",

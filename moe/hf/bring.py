@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from moe.config.load import dump, load
 from moe.config.schema import AdamW, Cosine, Data, Model, PretrainedTokenizer, Run, Train
 from moe.errors import ConfigError
-from moe.hf.convert import load as load_model
-from moe.hf.convert import read_config
+from moe.hf.reading import Folder
 from moe.surgery.start import begin_run
 from moe.train.record import require_free
 
@@ -29,13 +30,19 @@ def import_model(
     we do not hold or a folder that is not free, CheckpointError with the list of tensors that are not accounted for.
     """
     require_free(out)
-    family, model = read_config(folder)
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    if not has_tokenizer and not recipe:
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not recipe:
         raise ConfigError(
             f"{folder} has no tokenizer.json, so nobody knows its tokenizer: give a recipe whose data has it, --recipe x.py"
         )
-    run = load(_settings(folder, model, recipe, out if has_tokenizer else None), overrides, notices=notices)
+    with Folder(folder) as source:
+        return _import(source, folder, out, recipe, overrides, notices)
+
+
+def _import(
+    source: Folder, folder: Path, out: Path, recipe: str, overrides: Sequence[str], notices: list[str] | None
+) -> Run:
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    run = load(_settings(folder, source.model, recipe, out if has_tokenizer else None), overrides, notices=notices)
 
     def copy_tokenizer(run_folder: Path) -> None:
         if has_tokenizer:
@@ -44,8 +51,15 @@ def import_model(
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, run_folder / TOKENIZER / name)
 
-    origin = {"made_by": "import", "family": family.model_type, "source": str(folder)}
-    begin_run(out, run, load_model(folder).state_dict(), origin, fill=copy_tokenizer)
+    empty = source.empty().state_dict()
+
+    def give(name: str, place: Tensor) -> None:
+        if not empty[name].is_meta:
+            place.copy_(empty[name])  # a buffer that only training reads
+        source.read(name, place)
+
+    origin = {"made_by": "import", "family": source.family.model_type, "source": str(folder)}
+    begin_run(out, run, empty, origin, give=give, fill=copy_tokenizer)
     return run
 
 

@@ -1,13 +1,10 @@
-"""Whole models in and out: `load`, `save`, and `export_run` for a run's checkpoint, shard by shard."""
+"""Whole models out: `save`, and `export_run` for a run's checkpoint, shard by shard."""
 
-import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moe import checkpoint
@@ -15,27 +12,15 @@ from moe.config.load import load as load_run
 from moe.config.schema import Model
 from moe.data import prepare
 from moe.errors import CheckpointError, ConfigError
-from moe.hf import quantised
-from moe.hf.families import COMMON_KEYS, FAMILIES, Family, words
-from moe.hf.links import Entry, entries
-from moe.hf.mxfp4 import Unpacked
-from moe.hf.shards import Fetch, Files, check_names, iterate_unlinked, read_into, shards_of, write_shards
+from moe.hf.families import FAMILIES, Family
+from moe.hf.links import entries
+from moe.hf.reading import DTYPES
+from moe.hf.shards import Fetch, check_complete, shards_of, write_shards
 from moe.hf.tokenizer import save_tokenizer
-from moe.init import materialise
 from moe.lora import base_name, is_adapter, merged
 from moe.model import Transformer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 4 * 2**30
-_TRAINING_ONLY = re.compile(r"\.router\.momentum_E$")
-"""Router state that only training reads."""
-_NO_EFFECT = words(
-    "initializer_range use_cache pad_token_id bos_token_id eos_token_id attention_dropout output_router_logits "
-    "router_aux_loss_coef router_jitter_noise max_position_embeddings max_window_layers pretraining_tp "
-    "num_nextn_predict_layers transformers_version architectures dtype torch_dtype _name_or_path model_type auto_map"
-)
-"""Configuration keys that do not change what the model computes from a text (the layers that predict further tokens,
-num_nextn_predict_layers, are left unread, as transformers leaves them)."""
 
 
 def family_of(model: Model, family: str = "auto") -> Family:
@@ -132,7 +117,7 @@ def _write(
         raise ConfigError(f"{folder} is not empty: choose another folder, or remove it")
     chosen = family_of(model, family)
     table = list(entries(model, chosen.names))
-    _check_complete(table, state)
+    check_complete(table, state)
     temporary = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -156,73 +141,3 @@ def _write(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def _check_complete(table: list[Entry], state: Iterable[str]) -> None:
-    lost = [name for name in iterate_unlinked(table, state) if not _TRAINING_ONLY.search(name)]
-    if lost:
-        raise ConfigError(f"the family has no place for {', '.join(lost[:5])}: nothing was written")
-
-
-def load(folder: str | Path, *, dtype: str = "float32") -> Transformer:
-    """Read a model of one of the families. `dtype` is of activations; parameters are float32.
-
-    Raises ConfigError for a configuration that we do not model, CheckpointError listing tensors that are missing, unknown
-    or of another shape.
-    """
-    folder = Path(folder)
-    family, model = read_config(folder)
-    with quantised.Held(folder) if (folder / quantised.FILE).is_file() else Unpacked(folder) as files:
-        names = files.names()
-        fused = any(name.endswith(".experts.gate_up_proj") for name in names)
-        naming = family.names
-        if fused and any(".mlp.experts.gate_up_proj" in name for name in names):
-            naming = replace(naming, moe="mlp")  # the names of transformers' modules, where its files have older ones
-        table = list(entries(model, naming, fused=fused))
-        if model.tied_head and "lm_head.weight" in names:
-            _check_tied(files)
-        check_names(files, table, lambda name: _ignored(name, model))
-        with torch.device("meta"):
-            loaded = Transformer(model, dtype=DTYPES[dtype])
-        materialise(loaded, torch.device("cpu"))
-        state = loaded.state_dict()
-        _check_complete(table, state)
-        with torch.no_grad():
-            read_into(files, table, state)
-    return loaded.eval()
-
-
-def read_config(folder: Path) -> tuple[Family, Model]:
-    """The family and model of a folder's config.json."""
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no config.json: name the folder of a model in transformers' format.")
-    config = AutoConfig.from_pretrained(folder)
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ConfigError(f"model_type '{config.model_type}' is not one we read: {', '.join(FAMILIES)}")
-    values, defaults = config.to_dict(), type(config)().to_dict()
-    known = COMMON_KEYS | family.keys | _NO_EFFECT
-    strange = sorted(key for key, value in values.items() if key not in known and value != defaults.get(key))
-    if strange:
-        listed = ", ".join(f"{key}={values[key]!r}" for key in strange)
-        raise ConfigError(f"{folder / 'config.json'} has settings that we do not model: {listed}")
-    if not values.get("rope_interleave", True):
-        family = replace(family, names=replace(family.names, rotary_pairs=False))
-    try:
-        return family, family.to_model(values)
-    except ConfigError as error:
-        raise ConfigError(f"{folder / 'config.json'} has what we do not model: {error}") from error
-
-
-def _ignored(name: str, model: Model) -> bool:
-    """Tensors without effect: rotary tables, a tied head's copy, and layers that predict further tokens (DeepSeek-V3)."""
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    further = layer is not None and int(layer[1]) >= model.num_layers
-    return further or name.endswith("rotary_emb.inv_freq") or (model.tied_head and name == "lm_head.weight")
-
-
-def _check_tied(files: Files) -> None:
-    if not torch.equal(files.tensor("lm_head.weight"), files.tensor("model.embed_tokens.weight")):
-        raise CheckpointError("tie_word_embeddings is true, yet lm_head.weight differs from model.embed_tokens.weight.")

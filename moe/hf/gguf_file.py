@@ -21,10 +21,10 @@ from torch import Tensor
 from moe.attention import rotary_frequencies
 from moe.config.schema import LatentAttention, Model
 from moe.errors import CheckpointError, ConfigError
-from moe.hf.convert import read_config
 from moe.hf.gguf_names import ARCHITECTURES, refuse, settings
 from moe.hf.links import entries
 from moe.hf.mxfp4 import Unpacked
+from moe.hf.reading import read_config
 from moe.hf.shards import Files, check_names
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")

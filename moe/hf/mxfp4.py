@@ -72,16 +72,21 @@ class Unpacked(Files):
             )
         return blocks[0], blocks[2] * BLOCK, blocks[1]
 
+    def dtype(self, name: str) -> str:
+        """A tensor's type, without reading it. Raises CheckpointError for another type than bytes."""
+        if name not in self._packed:
+            return super().dtype(name)
+        for end in _ENDS:
+            if super().dtype(name + end) != "U8":
+                raise CheckpointError(f"{name}{end} is {super().dtype(name + end)}: MXFP4 is stored in U8.")
+        return "BF16"
+
     def tensor(self, name: str) -> Tensor:
-        """A tensor's content. Raises CheckpointError for another type than bytes, and for a scale that is not a number."""
+        """A tensor's content. Raises CheckpointError for a scale that is not a number."""
         if name not in self._packed:
             return super().tensor(name)
+        assert self.dtype(name) == "BF16"
         blocks, scales = (super(Unpacked, self).tensor(name + end) for end in _ENDS)
-        for part, end in ((blocks, _ENDS[0]), (scales, _ENDS[1])):
-            if part.dtype != torch.uint8:
-                raise CheckpointError(
-                    f"{name}{end} is {str(part.dtype).removeprefix('torch.')}: MXFP4 is stored in uint8."
-                )
         if bool((scales == 255).any()):
             raise CheckpointError(f"{name}_scales holds 255, which stands for no number: fetch the file again.")
         return widened(blocks, scales)

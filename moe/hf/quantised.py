@@ -13,7 +13,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -145,20 +144,28 @@ class Held(Files):
     """A quantised folder's tensors, widened, where the files of an export are asked for."""
 
     def __init__(self, folder: Path):
-        self._tensors = tensors(folder)
-        self._stack = ExitStack()
+        self._folder, self._open = folder, None
+        self._bits = int(self._file(FILE).metadata()["bits"])
+        self._kind = {}
+        for stored in self._file(FILE).keys():  # noqa: SIM118  (not a mapping)
+            if not stored.endswith(".scale"):
+                cut = self._file(FILE).get_slice(stored)
+                shape, integers = tuple(cut.get_shape()), stored.endswith(".int")
+                wide = (*shape[:-1], 2 * shape[-1]) if integers and self._bits == 4 else shape
+                kind = "F32" if integers else str(cut.get_dtype())
+                self._kind[stored.removesuffix(".int")] = (wide, kind)
 
     def names(self) -> set[str]:
         """Every tensor's name."""
-        return set(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape."""
-        return tuple(self._tensors[name].shape)
+        return set(self._kind)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor's content."""
-        return self._tensors[name]
+        file = self._file(FILE)
+        if f"{name}.int" not in file.keys():  # noqa: SIM118
+            return file.get_tensor(name)
+        values = file.get_tensor(f"{name}.int")
+        return widened(values if self._bits == 8 else unpacked(values), file.get_tensor(f"{name}.scale"))
 
 
 class Widen(nn.Module):

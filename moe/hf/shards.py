@@ -1,7 +1,8 @@
 """Files of safetensors: written one shard at a time, read one tensor at a time, every tensor accounted for."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe.errors import CheckpointError
+from moe.errors import CheckpointError, ConfigError
 from moe.files import write_json
 from moe.hf.links import Entry
 
 INDEX = "model.safetensors.index.json"
-_WHOLE = (torch.float32, torch.bfloat16, torch.float16)
-"""Stored types whose every number is one of float32."""
+_WHOLE = ("F32", "BF16", "F16")
+"""Stored types whose every number is one of float32, in the files' words."""
+_TRAINING_ONLY = re.compile(r"\.router\.momentum_E$")
+"""Router state that only training reads."""
 Fetch = Callable[[Iterable[str]], Mapping[str, Tensor]]
 """Names of our tensors to those tensors, on the CPU; called for one shard at a time."""
 
@@ -65,30 +68,43 @@ def _theirs(entry: Entry, ours: Mapping[str, Tensor], dtype: torch.dtype) -> Ten
 
 
 class Files:
-    """The tensors of a folder: names, and each one's content when asked. A context manager."""
+    """The tensors of a folder: names, and each one's content when asked. A context manager.
+
+    One file is open at a time: what was read of a file stays in memory until it is closed.
+    """
 
     def __init__(self, folder: Path):
-        self._stack = ExitStack()
-        self._file: dict[str, Any] = {}
+        self._folder = folder
+        self._open: tuple[str, ExitStack, Any] | None = None
         self._where: dict[str, str] = {}
+        self._kind: dict[str, tuple[tuple[int, ...], str]] = {}
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
             raise CheckpointError(f"{folder} holds no .safetensors file: convert the model to safetensors first.")
         for path in paths:
-            self._open(path)
+            self._list(path.name)
         self._check_index(folder / INDEX)
 
-    def _open(self, path: Path) -> None:
+    def _file(self, file: str) -> Any:
+        """The file's reader; the one before is closed."""
+        if self._open is not None and self._open[0] == file:
+            return self._open[2]
+        self.close()
+        stack, path = ExitStack(), self._folder / file
         try:
-            opened = self._stack.enter_context(safe_open(path, framework="pt"))
+            opened = stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a readable safetensors file ({error}): fetch it again.") from error
+        self._open = (file, stack, opened)
+        return opened
+
+    def _list(self, file: str) -> None:
+        opened = self._file(file)
         for name in opened.keys():  # noqa: SIM118  (not a mapping)
             if name in self._where:
-                raise CheckpointError(
-                    f"the tensor {name} is twice: in {self._where[name]} and {path.name}. Remove one."
-                )
-            self._where[name], self._file[name] = path.name, opened
+                raise CheckpointError(f"the tensor {name} is twice: in {self._where[name]} and {file}. Remove one.")
+            cut = opened.get_slice(name)
+            self._where[name], self._kind[name] = file, (tuple(cut.get_shape()), str(cut.get_dtype()))
 
     def _check_index(self, path: Path) -> None:
         if not path.exists():
@@ -100,11 +116,17 @@ class Files:
                 f"{path} places {len(wrong)} tensors in files that do not hold them ({_some(wrong)}): fetch the files again."
             )
 
+    def close(self) -> None:
+        """Close the file that is open."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
     def __enter__(self) -> "Files":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        self.close()
 
     def names(self) -> set[str]:
         """Every tensor's name."""
@@ -112,11 +134,15 @@ class Files:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
-        return tuple(self._file[name].get_slice(name).get_shape())
+        return self._kind[name][0]
+
+    def dtype(self, name: str) -> str:
+        """A tensor's type in the file's words, without reading it."""
+        return self._kind[name][1]
 
     def tensor(self, name: str) -> Tensor:
         """A tensor's content."""
-        return self._file[name].get_tensor(name)
+        return self._file(self._where[name]).get_tensor(name)
 
 
 def check_names(files: Files, entries: list[Entry], ignored: Callable[[str], bool]) -> None:
@@ -135,22 +161,20 @@ def check_names(files: Files, entries: list[Entry], ignored: Callable[[str], boo
         raise CheckpointError(f"the files do not hold the model of their configuration; {'; '.join(problems)}.")
 
 
-def read_into(files: Files, entries: Iterable[Entry], ours: Mapping[str, Tensor]) -> None:
-    """Copy every entry into our tensors, one at a time."""
+def check_content(files: Files, entries: Iterable[Entry]) -> None:
+    """Raise CheckpointError for a tensor whose type float32 does not hold, or which is not the constant that it stands for."""
     for entry in entries:
-        theirs = files.tensor(entry.name)
-        if theirs.dtype not in _WHOLE:
+        kind = files.dtype(entry.name)
+        if kind not in _WHOLE:
             raise CheckpointError(
-                f"{entry.name} is stored as {str(theirs.dtype).removeprefix('torch.')}, which float32 does not hold to the last "
+                f"{entry.name} is stored as {kind}, which float32 does not hold to the last "
                 "bit: convert the model to float32, bfloat16 or float16"
             )
         for constant in entry.constants:
-            if not bool((constant.their_view(theirs) == constant.value).all()):
+            if not bool((constant.their_view(files.tensor(entry.name)) == constant.value).all()):
                 raise CheckpointError(
                     f"{entry.name} is not {constant.value:g} everywhere, and we model no such numbers."
                 )
-        for link in entry.links:
-            link.our_view(ours[link.ours]).copy_(link.their_view(theirs))
 
 
 def _some(names: list[str], most: int = 8) -> str:
@@ -158,7 +182,9 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def iterate_unlinked(entries: Iterable[Entry], state: Iterable[str]) -> Iterator[str]:
-    """Our tensors that no entry reads or writes."""
+def check_complete(entries: Iterable[Entry], state: Iterable[str]) -> None:
+    """Raise ConfigError naming our tensors that no entry reads or writes."""
     linked = {link.ours for entry in entries for link in entry.links}
-    return (name for name in state if name not in linked)
+    lost = [name for name in state if name not in linked and not _TRAINING_ONLY.search(name)]
+    if lost:
+        raise ConfigError(f"the family has no place for {', '.join(lost[:5])}: nothing was written")

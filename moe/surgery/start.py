@@ -1,11 +1,12 @@
 """A run folder that starts from given weights: run.json and a checkpoint of step 0, for `moe resume` to go on from.
 
-The optimizer of that checkpoint is as fresh as that of a new run: every average zero, no step counted.
+The optimizer of that checkpoint is as fresh as that of a new run (moe/checkpoint/fresh.py).
 """
 
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,17 +60,23 @@ def read_run(folder: Path, *, adapters: Literal["merged", "apart"] = "merged") -
 
 def model_of(run: Run, tensors: Mapping[str, Tensor]) -> Transformer:
     """A run's model with these tensors, on the CPU, in evaluation mode. Raises CheckpointError listing what does not fit."""
+    model = _fitting(run, tensors)
+    materialise(model, torch.device("cpu"))
+    model.load_state_dict(dict(tensors))
+    return model.eval()
+
+
+def _fitting(run: Run, tensors: Mapping[str, Tensor]) -> Transformer:
+    """A run's model without memory, on the device meta. Raises CheckpointError where its tensors are not as these."""
     with torch.device("meta"):
         model = Transformer(run.model, seed=run.seed)
-    materialise(model, torch.device("cpu"))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name))
     if wrong:
         lines = "; ".join(f"{name}: given {given.get(name)}, model {wanted.get(name)}" for name in wrong[:5])
         raise CheckpointError(f"{len(wrong)} tensors do not fit the model ({lines}): nothing was written")
-    model.load_state_dict(dict(tensors))
-    return model.eval()
+    return model
 
 
 def begin_run(
@@ -78,15 +85,18 @@ def begin_run(
     tensors: Mapping[str, Tensor],
     origin: Mapping[str, Any],
     *,
+    give: Callable[[str, Tensor], object] | None = None,
     fill: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Write a run folder that starts from `tensors`, the whole state of the run's model; returns the folder.
 
+    With `give`, which is asked to write each tensor by name into memory of its shape, only their shapes count, and one at a
+    time is in memory.
     `origin` says what it was made from and goes into origin.json; `fill` writes what the run's data needs into the folder
-    before they are prepared. Raises ConfigError for a folder that is not free,
-    DataError for the corpus, CheckpointError for tensors that do not fit; then nothing is left behind.
+    before they are prepared. run.json comes last, so a folder whose writing was cut short is no run. Raises ConfigError for a
+    folder that is not free, DataError for the corpus, CheckpointError for tensors that do not fit; then nothing is left behind.
     """
-    model = model_of(run, tensors)
+    model = _fitting(run, tensors)
     record.claim_folder(out)
     try:
         fill(out)
@@ -100,9 +110,8 @@ def begin_run(
         backend = resolve_backend(run.model.moe.backend) if run.model.moe is not None else "none"
         write_json(out / ORIGIN, dict(origin))
         optimizer = build_optimizer(model, run.train.optimizer)
-        _fill_state(optimizer)
         meta = {"run": dump(run), "tokens": 0, "world_size": 1, "threads": torch.get_num_threads()}
-        checkpoint.save(out, 0, model, optimizer, meta, ranks)
+        checkpoint.save_fresh(out, model, optimizer, give or partial(_copy, tensors), meta)
         # last: a folder with run.json and no checkpoint, of a process that was killed, would be trained from first values
         record.write_run(out, run, ranks, backend, corpus.fingerprint)
     except BaseException:
@@ -111,15 +120,5 @@ def begin_run(
     return out
 
 
-def _fill_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer that has not stepped the state that a fresh one computes with: zeros."""
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                value.zero_()
+def _copy(tensors: Mapping[str, Tensor], name: str, place: Tensor) -> None:
+    place.copy_(tensors[name].detach())
