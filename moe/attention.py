@@ -165,6 +165,8 @@ class GroupedQuery(nn.Module):
         query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)
         if self.query_norm is not None and self.key_norm is not None and self.config.qk_norm == "full":
             query, key = self.query_norm(query), self.key_norm(key)
+        if clip := self.config.clip_qkv:
+            query, key, value = (t.clamp(-clip, clip) for t in (query, key, value))
         query, key, value = (t.unflatten(-1, (-1, H)).transpose(1, 2) for t in (query, key, value))
         if self.query_norm is not None and self.key_norm is not None and self.config.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)

@@ -377,6 +377,7 @@ EFFECTS: dict[str, Effect] = {
     "model.attention[grouped_query].qkv_bias": Effect(parameters, False, True),
     "model.attention[grouped_query].out_bias": Effect(parameters, False, True),
     "model.attention[grouped_query].qk_norm": Effect(parameters, "head", "full"),
+    "model.attention[grouped_query].clip_qkv": Effect(losses, 0.0, 0.01),
     "model.attention[grouped_query].windows": Effect(losses, [0], [0, 4]),
     "model.attention[grouped_query].sinks": Effect(losses, False, True),
     "model.attention[latent]": Effect(losses, LATENT_ATTENTION, GROUPED),

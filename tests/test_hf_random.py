@@ -19,10 +19,8 @@ PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 REFUSED = (
     "mlp_bias=true",
     "attention_factor=",
-    "an attention factor of 0.8",
-    "clip_qkv=",
+    "clip_qkv=0",
     "leave no expert layer",
-    "norm_topk_prob=true",
 )
 """What the draws hold and we do not model."""
 

@@ -102,7 +102,7 @@ def test_a_published_folder_is_loaded_and_has_transformers_logits(folder, tmp_pa
         ("no blocks", rf"missing: {NAME}.*unknown: {NAME}_scales"),
         ("short scales", rf"{NAME}_blocks is \(3, 64, 1, 16\) and {NAME}_scales \(3, 64, 2\)"),
         ("transposed", rf"{NAME} is \(3, 64, 32\), the configuration says \(3, 32, 64\)"),
-        ("signed", rf"{NAME}_blocks is int8: MXFP4 is stored in uint8"),
+        ("signed", rf"{NAME}_blocks is I8: MXFP4 is stored in U8"),
         ("no number", rf"{NAME}_scales holds 255"),
         ("both", rf"holds {NAME} in MXFP4 and as it is"),
     ],

@@ -22,8 +22,8 @@ class Yarn:
     """Rotations over the original context above which a frequency is kept."""
     beta_slow: PositiveFloat = 1.0
     """Rotations below which a frequency is fully interpolated."""
-    mscale: NonNegativeFloat = 1.0
-    """Attention temperature coefficient applied to the rotary part (DeepSeek-V2's name)."""
+    mscale: float = 1.0
+    """Attention temperature coefficient applied to the rotary part (DeepSeek-V2's name); negative: a temperature below 1."""
     mscale_all_dim: NonNegativeFloat = 0.0
     """Coefficient that, if not 0, scales the softmax over all dimensions instead (DeepSeek-V2)."""
     truncate: bool = True
@@ -77,6 +77,8 @@ class GroupedQueryAttention:
     """Bias on the output projection."""
     qk_norm: Literal["none", "head", "full"] = "none"
     """RMS normalisation of queries and keys: over each head, or over all heads at once."""
+    clip_qkv: NonNegativeFloat = 0.0
+    """Largest size of a number in queries, keys and values, before positions and norms of heads (OLMo); 0 for no bound."""
     windows: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] = (0,)
     """Tokens that a token sees, itself included, repeated over the layers; 0 means all before it."""
     sinks: bool = False

@@ -1,6 +1,7 @@
 """Families with grouped-query attention: Mixtral, OLMoE, Qwen2-MoE and Qwen3-MoE, and dense Llama and Qwen3."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from moe.config.load import router_config
@@ -23,13 +24,20 @@ in the layers that `layer_types` names."""
 
 
 def grouped_values(
-    model: Model, *, qk_norm: QKNorm, qkv_bias: bool | None, out_bias: bool | None, windows: Windows = "none"
+    model: Model,
+    *,
+    qk_norm: QKNorm,
+    qkv_bias: bool | None,
+    out_bias: bool | None,
+    windows: Windows = "none",
+    clips: bool = False,
 ) -> Values:
     """Attention of a family with these habits; a bias of None may be either, and both biases are then one setting."""
     attention = model.attention
     require(isinstance(attention, GroupedQueryAttention), "latent attention")
     assert isinstance(attention, GroupedQueryAttention)
     require(attention.qk_norm == qk_norm, f"attention.qk_norm='{attention.qk_norm}' (always '{qk_norm}' there)")
+    require(clips or not attention.clip_qkv, f"attention.clip_qkv={attention.clip_qkv} (no bound there)")
     if qkv_bias is None:
         require(attention.qkv_bias == attention.out_bias, "attention.qkv_bias and attention.out_bias that differ")
     else:
@@ -39,6 +47,7 @@ def grouped_values(
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": attention.head_dim,
         **({"attention_bias": attention.qkv_bias} if qkv_bias is None else {}),
+        **({"clip_qkv": attention.clip_qkv or None} if clips else {}),
         **_window_values(attention.windows, model.num_layers, windows),
     }
 
@@ -58,10 +67,12 @@ def grouped_attention(
     values: Values, *, qk_norm: QKNorm, qkv_bias: bool, out_bias: bool, windows: Sequence[int] = (0,)
 ) -> GroupedQueryAttention:
     heads = values["num_attention_heads"]
+    head_dim = values.get("head_dim") or values["hidden_size"] // heads
+    require(head_dim % 2 == 0, f"head_dim={head_dim} (rotary positions turn pairs: an even number)")
     return GroupedQueryAttention(
         num_heads=heads,
         num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+        head_dim=head_dim,
         qkv_bias=qkv_bias,
         out_bias=out_bias,
         qk_norm=qk_norm,
@@ -133,7 +144,7 @@ def olmoe_values(model: Model) -> Values:
     moe = expert_layers(model)
     _every_layer(model)
     _no_shared(moe)
-    grouped = grouped_values(model, qk_norm="full", qkv_bias=None, out_bias=None)
+    grouped = grouped_values(model, qk_norm="full", qkv_bias=None, out_bias=None, clips=True)
     require(model.attention.num_heads * grouped.pop("head_dim") == model.dim, "heads that do not fill model.dim")
     return {
         **common_values(model),
@@ -147,16 +158,16 @@ def olmoe_values(model: Model) -> Values:
 
 def olmoe_model(values: Values) -> Model:
     bias = bool(values.get("attention_bias"))
-    require(values.get("clip_qkv") is None, f"clip_qkv={values.get('clip_qkv')}")
+    clip = values.get("clip_qkv")
+    require(clip is None or clip > 0, f"clip_qkv={clip} (a bound above 0, or null)")
     moe = MoE(
         num_experts=values["num_experts"],
         top_k=values["num_experts_per_tok"],
         expert_hidden=values["intermediate_size"],
         router=_softmax_router(values, bool(values["norm_topk_prob"])),
     )
-    return base_model(
-        values, attention=grouped_attention(values, qk_norm="full", qkv_bias=bias, out_bias=bias), moe=moe
-    )
+    attention = grouped_attention(values, qk_norm="full", qkv_bias=bias, out_bias=bias)
+    return base_model(values, attention=replace(attention, clip_qkv=float(clip or 0)), moe=moe)
 
 
 def _sparse_pattern(model: Model) -> Values:

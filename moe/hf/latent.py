@@ -90,7 +90,7 @@ def deepseek_v2_values(model: Model) -> Values:
 
 
 def deepseek_v2_model(values: Values) -> Model:
-    require(not values.get("norm_topk_prob"), "norm_topk_prob=true")
+    """The inverse. norm_topk_prob says nothing: transformers' class leaves it unread, and no published model sets it."""
     method = values.get("topk_method")
     require(method in ("greedy", "group_limited_greedy"), f"topk_method={method!r}")
     limited = method == "group_limited_greedy"

@@ -16,6 +16,7 @@ from moe.hf import quantised
 from moe.hf.families import COMMON_KEYS, FAMILIES, Family, words
 from moe.hf.links import Entry, Link, entries
 from moe.hf.mxfp4 import Unpacked
+from moe.hf.refuse import require
 from moe.hf.shards import Files, check_complete, check_content, check_names
 from moe.init import materialise
 from moe.model import Transformer
@@ -24,10 +25,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NO_EFFECT = words(
     "initializer_range use_cache pad_token_id bos_token_id eos_token_id attention_dropout output_router_logits "
     "router_aux_loss_coef router_jitter_noise max_position_embeddings max_window_layers pretraining_tp "
-    "num_nextn_predict_layers transformers_version architectures dtype torch_dtype _name_or_path model_type auto_map"
+    "num_nextn_predict_layers transformers_version architectures dtype torch_dtype _name_or_path model_type auto_map "
+    "output_attentions output_hidden_states return_dict chunk_size_feed_forward problem_type id2label label2id "
+    "aux_loss_alpha seq_aux ep_size"
 )
 """Configuration keys that do not change what the model computes from a text (the layers that predict further tokens,
 num_nextn_predict_layers, are left unread, as transformers leaves them)."""
+_SIZES = words(
+    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size moe_intermediate_size head_dim "
+    "shared_expert_intermediate_size num_experts num_local_experts n_routed_experts n_shared_experts num_experts_per_tok "
+    "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim decoder_sparse_step"
+)
+"""Keys whose values are 1 or more, or null; transformers computes some models of zero experts or of no width."""
 
 
 class Folder:
@@ -120,6 +129,8 @@ def read_config(folder: Path) -> tuple[Family, Model]:
     if not values.get("rope_interleave", True):
         family = replace(family, names=replace(family.names, rotary_pairs=False))
     try:
+        for key in sorted(_SIZES & values.keys()):
+            require(values[key] is None or values[key] >= 1, f"{key}={values[key]} (1 or more)")
         return family, family.to_model(values)
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.json'} has what we do not model: {error}") from error

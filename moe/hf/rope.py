@@ -113,10 +113,10 @@ def _mscale(rope: Values, stretch: float, over: float, latent: bool) -> float:
     if factor is None:
         factor = yarn_temperature(stretch, float(mscale or 1.0) if both else 1.0)
         factor /= yarn_temperature(stretch, over) if both else 1.0
+    require(factor > 0, f"attention_factor={factor} (above 0)")
     temperature = factor * (yarn_temperature(stretch, over) if latent else 1.0)
     if stretch <= 1:
         require(temperature == 1.0, f"attention_factor={factor} without an extension (factor={stretch})")
         return 1.0
     found = (temperature - 1.0) / (0.1 * math.log(stretch))
-    require(found >= -1e-9, f"an attention factor of {factor:.6g} (ours are 1 or more)")
-    return max(found, 0.0)
+    return found if abs(found) > 1e-9 else 0.0
