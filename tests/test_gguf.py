@@ -172,6 +172,11 @@ def test_rows_that_32_does_not_divide_are_float16_and_named(tmp_path, capsys):
             "router.gate='selected'",
         ),
         ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, "fewer key/value heads"),
+        (
+            "qwen2_moe",
+            {"num_experts": 4, "shared_expert_intermediate_size": 8, "moe_intermediate_size": 8, "qkv_bias": False},
+            "qkv_bias=false",
+        ),
         ("qwen3", {"attention_bias": True}, "qkv_bias"),
         ("gpt_oss", {**GPT_OSS, "swiglu_alpha": 1.0, "swiglu_limit": 1e30}, "moe.activation=swiglu with"),
         ("gpt_oss", {**GPT_OSS, "swiglu_limit": 5.0}, r"moe.activation_limit=5 \(7.0 there\)"),

@@ -281,7 +281,6 @@ def test_biases_that_no_swiglu_has_are_named_where_the_limit_says_it_is_one(name
 @pytest.mark.parametrize(
     ("case", "change", "says"),
     [
-        ("olmoe", {"clip_qkv": 3.0}, "clip_qkv"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
         (
             "llama",
@@ -289,7 +288,7 @@ def test_biases_that_no_swiglu_has_are_named_where_the_limit_says_it_is_one(name
             "rope_type='dynamic'",
         ),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 2.0}}, r"\['factor'\]"),
-        ("llama", {"rope_parameters": {**YARN, "attention_factor": 0.5}}, "attention factor of 0.5"),
+        ("llama", {"rope_parameters": {**YARN, "attention_factor": -0.5}}, "attention_factor=-0.5"),
         ("mixtral", {"sliding_window": 0}, "sliding_window=0"),
         ("olmoe", {"clip_qkv": 0.0}, "clip_qkv=0.0"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),

@@ -136,7 +136,7 @@ def test_a_run_whose_making_was_killed_is_not_trained_from_first_values(source, 
     """The process ends where the checkpoint is about to be written, and leaves its folder: SystemExit stands for the signal."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("moe.surgery.start.checkpoint.save", lambda *_: (_ for _ in ()).throw(SystemExit))
+        patch.setattr("moe.surgery.start.checkpoint.save_fresh", lambda *_: (_ for _ in ()).throw(SystemExit))
         patch.setattr("moe.surgery.start.shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(SystemExit):
             prune(source.folder, out, Plan(rows=4))

@@ -44,22 +44,26 @@ def _deepseek_values(model: Model) -> Values:
 
 def _deepseek_model(values: Values, router: RouterConfig) -> Model:
     require(not values.get("mlp_bias"), "mlp_bias=true")
-    F = values["moe_intermediate_size"]
+    F, E, rope = values["moe_intermediate_size"], values["n_routed_experts"], values["qk_rope_head_dim"]
+    groups, shared = values.get("n_group") or 1, values.get("n_shared_experts") or 0
+    require(rope % 2 == 0, f"qk_rope_head_dim={rope} (rotary positions turn pairs: an even number)")
+    require(E % groups == 0, f"n_group={groups} does not divide n_routed_experts={E}")
+    require(shared > 0, "n_shared_experts=null (its classes always have a shared expert)")
     attention = LatentAttention(
         num_heads=values["num_attention_heads"],
         q_rank=values.get("q_lora_rank") or 0,
         kv_rank=values["kv_lora_rank"],
         nope_dim=values["qk_nope_head_dim"],
-        rope_dim=values["qk_rope_head_dim"],
+        rope_dim=rope,
         value_dim=values["v_head_dim"],
         bias=bool(values.get("attention_bias")),
         norm_eps=0.0 if values["rms_norm_eps"] == LATENT_EPS else LATENT_EPS,
     )
     moe = MoE(
-        num_experts=values["n_routed_experts"],
+        num_experts=E,
         top_k=values["num_experts_per_tok"],
         expert_hidden=F,
-        shared_hidden=values["n_shared_experts"] * F,
+        shared_hidden=shared * F,
         first_dense=values["first_k_dense_replace"],
         router=router,
     )
