@@ -8,6 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes in one folder are not noticed
+    fcntl = None
+
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a binary stream; readers of `path` see the old content or all of the new."""
@@ -51,3 +56,19 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock(path: Path, *, wait: bool = False) -> IO[bytes]:
+    """Hold a lock file for this process until it is closed or the process ends, however it ends.
+
+    Raises BlockingIOError if another process holds it, unless told to wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            file.close()
+            raise
+    return file

@@ -97,8 +97,29 @@ def test_a_damaged_store_names_the_file(base, tmp_path):
         store.read(tmp_path, "x")
     blob = next(path for path in (tmp_path / "blobs").rglob("*") if path.is_file())
     blob.write_bytes(b"\0" + blob.read_bytes()[1:-1])
-    with pytest.raises(CheckpointError, match=blob.name):
+    with pytest.raises(CheckpointError, match=rf"{blob.name} \(of base: "):
         store.read(tmp_path, "base")
+    (tmp_path / "variants" / "base.json").write_text('{"x')
+    with pytest.raises(CheckpointError, match=r"base\.json is damaged"):
+        store.read(tmp_path, "base")
+
+
+def test_removing_a_variant_deletes_what_it_alone_needs(base, tmp_path, capsys):
+    store.put(tmp_path, "base", base / "base")
+    alone = {path.name for path in (tmp_path / "blobs").glob("*/*")}
+    run = load(base / "base" / "run.json")
+    begin_run(tmp_path / "run", run, Transformer(run.model, seed=2).state_dict(), {})
+    counts = store.put(tmp_path, "other", tmp_path / "run")
+    assert main(["store", "list", str(tmp_path)]) == 0
+    rows = {row["name"]: row for row in store.listing(tmp_path)}
+    own = counts["new_bytes"] - (tmp_path / "variants" / "other.json").stat().st_size
+    assert rows["other"]["own_bytes"] == own > 0 and "2 variants" in capsys.readouterr().out
+    assert main(["store", "remove", str(tmp_path), "other"]) == 0
+    assert {path.name for path in (tmp_path / "blobs").glob("*/*")} == alone
+    store.read(tmp_path, "base")
+    assert store.remove(tmp_path, "base") > 0 and not list((tmp_path / "blobs").glob("*/*"))
+    with pytest.raises(CheckpointError, match="no variant 'base'"):
+        store.remove(tmp_path, "base")
 
 
 def test_putting_the_run_again_mends_a_damaged_shard(base, tmp_path):

@@ -240,6 +240,32 @@ def store_get(
     typer.echo(str(import_module("moe.surgery.store").get(folder, name, out)))
 
 
+@store.command("list")
+def store_list(
+    folder: Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store")],
+) -> None:
+    """Every variant: its step, the bytes that it needs, and those that it alone needs."""
+    module = import_module("moe.surgery.store")
+    for row in module.listing(folder):
+        typer.echo(
+            f"{row['name']:<24} step {row['step']:>8,}  {row['bytes']:>16,} bytes, {row['own_bytes']:,} of them its own"
+        )
+    typer.echo(f"{folder}: {len(module.names(folder))} variants in {module.size(folder):,} bytes")
+
+
+@store.command("remove")
+def store_remove(
+    folder: Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of the variant")],
+) -> None:
+    """Forget a variant, and delete what no other variant needs."""
+    module = import_module("moe.surgery.store")
+    freed = module.remove(folder, name)
+    typer.echo(
+        f"{name}: {freed:,} bytes freed; {folder} has {len(module.names(folder))} variants in {module.size(folder):,} bytes"
+    )
+
+
 @app.command("eval")
 def evaluate(
     folder: Annotated[

@@ -8,6 +8,7 @@ experts each cost the base once and their experts ten times; what comes back is 
 import hashlib
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from moe.config.load import dump, load
 from moe.errors import CheckpointError, ConfigError
-from moe.files import write_json, write_whole
+from moe.files import lock, write_json, write_whole
 from moe.lora import is_adapter
 from moe.surgery.select import expert_dimension
-from moe.surgery.start import begin_run, read_run
+from moe.surgery.start import Source, begin_run, read_run
 
 SCHEMA_VERSION = 1
 
@@ -35,6 +36,12 @@ def put(store: Path, name: str, folder: Path) -> dict[str, int]:
     if manifest.exists():
         raise ConfigError(f"{store} has a variant {name!r} already: choose another name")
     source = read_run(folder, adapters="apart")
+    with lock(store / ".lock", wait=True):
+        return _put(store, manifest, source)
+
+
+def _put(store: Path, manifest: Path, source: Source) -> dict[str, int]:
+    """Write the shards that are not there, and then the manifest that needs them."""
     listed, counts = {}, {"shards": 0, "new_shards": 0, "new_bytes": 0}
     for key, tensor in source.tensors.items():
         hashes = []
@@ -61,29 +68,66 @@ def _shards(name: str, tensor: Tensor) -> list[Tensor]:
     return list(tensor.unbind(0)) if apart else [tensor]
 
 
+def remove(store: Path, name: str) -> int:
+    """Forget a variant and delete the shards that no other needs; returns the bytes that came free."""
+    with lock(store / ".lock", wait=True):
+        before = size(store)
+        _manifest(store, name)
+        others = {other for other in names(store) if other != name}
+        needed = {digest for other in others for digest in _digests(_manifest(store, other))}
+        (store / "variants" / f"{name}.json").unlink()
+        for blob in (store / "blobs").glob("*/*"):
+            if blob.name not in needed:
+                blob.unlink()
+        return before - size(store)
+
+
 def read(store: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A variant's document and tensors. Raises CheckpointError for an unknown name, or a shard whose content has changed."""
-    manifest = store / "variants" / f"{name}.json"
-    if not manifest.is_file():
-        raise CheckpointError(f"{store} has no variant {name!r}; it has {', '.join(names(store)) or 'none'}")
-    document = json.loads(manifest.read_text(encoding="utf-8"))
+    document = _manifest(store, name)
     tensors = {}
     for key, entry in document["tensors"].items():
-        content = b"".join(_blob(store, digest) for digest in entry["shards"])
+        content = b"".join(_blob(store, digest, f"{name}: {key}") for digest in entry["shards"])
         flat = torch.frombuffer(bytearray(content), dtype=getattr(torch, entry["dtype"])) if content else torch.empty(0)
         tensors[key] = flat.view(entry["shape"])
     return document, tensors
+
+
+def _manifest(store: Path, name: str) -> dict[str, Any]:
+    """A variant's document. Raises CheckpointError for an unknown name, another version, or a file that is damaged."""
+    path = store / "variants" / f"{name}.json"
+    if not path.is_file():
+        raise CheckpointError(f"{store} has no variant {name!r}; it has {', '.join(names(store)) or 'none'}")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        version = document["schema_version"]
+        _digests(document)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}): remove it and put the run again under that name"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path} has version {version}, and this program reads {SCHEMA_VERSION}: use the one that wrote it"
+        )
+    return document
+
+
+def _digests(document: dict[str, Any]) -> set[str]:
+    """The names of the shards that a variant needs."""
+    return {digest for entry in document["tensors"].values() for digest in entry["shards"]}
 
 
 def _intact(path: Path, digest: str) -> bool:
     return path.is_file() and hashlib.blake2b(path.read_bytes(), digest_size=20).hexdigest() == digest
 
 
-def _blob(store: Path, digest: str) -> bytes:
+def _blob(store: Path, digest: str, what: str) -> bytes:
     path = store / "blobs" / digest[:2] / digest
     if not _intact(path, digest):
         raise CheckpointError(
-            f"{path} is missing or has other content than its name says: put a run that has it, under any new name, which mends it"
+            f"{path} (of {what}) is missing or has other content than its name says: put a run that has it, under any new name, "
+            "which mends it"
         )
     return path.read_bytes()
 
@@ -104,8 +148,25 @@ def size(store: Path, name: str = "") -> int:
     """Bytes of all files, or of those that one variant needs."""
     if name:
         manifest = store / "variants" / f"{name}.json"
-        document = json.loads(manifest.read_text(encoding="utf-8"))
-        needed = {digest for entry in document["tensors"].values() for digest in entry["shards"]}
-        blobs = sum((store / "blobs" / digest[:2] / digest).stat().st_size for digest in needed)
-        return manifest.stat().st_size + blobs
+        blobs = (store / "blobs" / digest[:2] / digest for digest in _digests(_manifest(store, name)))
+        return manifest.stat().st_size + sum(blob.stat().st_size for blob in blobs)
     return sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+
+
+def listing(store: Path) -> list[dict[str, Any]]:
+    """Every variant with its step, the bytes that it needs, and those that no other variant needs."""
+    documents = {name: _manifest(store, name) for name in names(store)}
+    uses = Counter(digest for document in documents.values() for digest in _digests(document))
+    return [
+        {
+            "name": name,
+            "step": document["step"],
+            "bytes": size(store, name),
+            "own_bytes": sum(
+                (store / "blobs" / digest[:2] / digest).stat().st_size
+                for digest in _digests(document)
+                if uses[digest] == 1
+            ),
+        }
+        for name, document in documents.items()
+    ]

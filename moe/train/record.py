@@ -13,14 +13,10 @@ import torch
 from moe.config.load import dump
 from moe.config.schema import Run
 from moe.errors import CheckpointError, ConfigError
+from moe.files import lock as lock_file
 from moe.files import write_json, write_text
 from moe.metrics import SCHEMA_VERSION, JsonLines
 from moe.parallel import Ranks
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two processes in one folder are not noticed
-    fcntl = None
 
 _VERSIONED = ("moe-lab", "torch", "triton", "numpy", "datasets", "tokenizers")
 
@@ -54,14 +50,10 @@ def lock(out: Path) -> IO[bytes]:
 
     Raises CheckpointError if another process trains there.
     """
-    file = (out / ".lock").open("ab")
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            raise CheckpointError(f"{out} is being trained by another process: wait for it, or stop it") from error
-    return file
+    try:
+        return lock_file(out / ".lock")
+    except OSError as error:
+        raise CheckpointError(f"{out} is being trained by another process: wait for it, or stop it") from error
 
 
 def forget_end(out: Path) -> None:
