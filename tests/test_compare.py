@@ -147,8 +147,8 @@ def test_finished_runs_are_reused(start):
 
 def test_interrupted_run_fails_the_comparison_and_is_resumed_by_the_next(start):
     with pytest.raises(TrainingStopped, match=r"dense-seed0 failed \(status interrupted, run the same command again"):
-        start(seeds=1, modes={"dense-seed0": "interrupted"})
-    printed = start(seeds=1)
+        start(seeds=1, jobs=1, modes={"dense-seed0": "interrupted"})  # one after the other, so that sparse is finished
+    printed = start(seeds=1, jobs=1)
     assert start.events("resume") == [("resume", "dense-seed0")]
     assert "dense-seed0: resuming" in printed
     assert start.page.exists()
@@ -220,7 +220,9 @@ def test_ctrl_c_and_sigterm_end_the_children_with_one_signal_each(start, tmp_pat
     modes = json.dumps({"a": "slow", "b": "slow"})
     environment = os.environ | {"FAKE_MODES": modes, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", script, str(tmp_path), *FAKE, str(config)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    # a shell gives its background jobs an ignored SIGINT, which children inherit; the user's Ctrl-C comes to a process that has not
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while len(start.events("ready")) < 2:
         assert process.poll() is None

@@ -26,6 +26,7 @@ from moe.cost import dense_twin, flops_by_component, memory_bytes, parameters, t
 from moe.errors import BackendError, ConfigError
 from moe.experiments.probe import probe
 from moe.experts import Experts
+from moe.experts.activation import Activation
 from moe.init import initialise, materialise
 from moe.model import Transformer
 from moe.moe_layer import MoELayer, auxiliary_loss
@@ -71,7 +72,8 @@ def test_torch_operator_contract():
     initialise(experts, seed=0, std=0.3, prefix="layers.0.moe.experts.")
     x = torch.randn(6, 20, requires_grad=True)
     token, weight = torch.arange(6).repeat(2), torch.rand(12, requires_grad=True)
-    arguments = (x, *experts.parameters(), token, weight, torch.tensor([0, 3, 3, 9, 12]), list(WIDTHS), False, True)
+    rows = (token, weight, torch.tensor([0, 3, 3, 9, 12]), list(WIDTHS), False, True, *Activation())
+    arguments = (x, *experts.parameters(), None, None, None, *rows)
     torch.library.opcheck(torch.ops.moe_lab.expert_ffn.default, arguments)
 
 
@@ -92,8 +94,9 @@ def test_rows_that_nobody_fills_are_zero_in_what_is_kept():
     initialise(experts, seed=0, std=0.3, prefix="layers.0.moe.experts.")
     token, offsets = torch.arange(12), torch.tensor([0, 3, 3, 9, 10])
     weights = [w.detach() for w in experts.parameters()]
-    rows = (token, torch.rand(12), offsets, list(WIDTHS), False, True)
-    kept = torch.ops.moe_lab.expert_ffn(torch.randn(12, 20), *weights, *rows)[1].flatten()
+    rows = (token, torch.rand(12), offsets, list(WIDTHS), False, True, *Activation())
+    x = torch.randn(12, 20)
+    kept = torch.ops.moe_lab.expert_ffn(x, *weights, None, None, None, *rows)[1].flatten()
     used = 3 * 24 + 6 * 40 + 1 * 16
     assert kept.shape == (12 * 40,) and kept[:used].all() and not kept[used:].any()
 
