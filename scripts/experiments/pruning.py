@@ -199,7 +199,7 @@ def measure_tickets(source: Source, points: Points, out: Path, seed: int, rows: 
         if tensors is None:
             return points.has(point)
         result = evaluate(model_of(run, tensors), corpus, ranks, rows=rows, micro_rows=16)
-        points.add(point, result.bits_per_byte, bytes=stored_bytes(tensors, keep, block))
+        points.add(point, result.bits_per_byte, bytes=stored_bytes(tensors, way, keep, block))
         return True
 
     search(run, out / "tickets" / f"seed{seed}", measure)

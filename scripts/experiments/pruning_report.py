@@ -251,8 +251,9 @@ def plot(rows: Rows, table: Rows, steps: int, path: Path) -> None:
             color=GREY,
         )
         active.set(xlabel="thousands of active parameters", ylabel="bits per byte", title="experts kept, bfloat16")
+        active.margins(x=0.15)
         if table:
-            right.legend()
+            right.legend(loc="lower left")
         figure.savefig(path, dpi=110)
 
 

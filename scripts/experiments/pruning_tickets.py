@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe.analysis.paired import t_interval
 from moe.config.schema import Run
+from moe.hf.quantised import rounded, widened
 from moe.model import Transformer
 from moe.surgery.masked import train_masked
 from moe.surgery.ticket import magnitude_masks, prunable, random_masks, retrain
@@ -57,6 +58,8 @@ def search(run: Run, folder: Path, measure: Measure) -> None:
             masks = magnitude_masks(trained, masks, keep, block)
             begin, places = start, masks
             trained = once(f"ticket-{block}-{keep}", lambda m=masks: retrain(run, start, m, REWIND))
+            if block == 1 and not measure("ticket int8", keep, block, None):
+                measure("ticket int8", keep, block, in_int8(trained))
             for way in CONTROLS if block == 1 else CONTROLS[:2]:
                 if measure(way, keep, block, None):
                     continue
@@ -68,11 +71,26 @@ def search(run: Run, folder: Path, measure: Measure) -> None:
                 measure(way, keep, block, retrain(run, begin, places, REWIND))
 
 
-def stored_bytes(tensors: Mapping[str, Tensor], keep: float, block: int) -> int:
-    """Bytes of a model with the share `keep` of its matrices in bfloat16: the kept weights, and one bit for each place or block."""
-    places = sum(tensors[name].numel() for name in prunable(tensors))
+def in_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices rounded as `moe quantise` rounds an export's, a scale for each output; what was 0 stays 0."""
+    result = dict(tensors)
+    for name in prunable(tensors):
+        by_output = tensors[name].transpose(-1, -2) if tensors[name].ndim == 3 else tensors[name]
+        values, scale = rounded(by_output.flatten(0, -2).bfloat16(), 8)
+        again = widened(values, scale.bfloat16()).view(by_output.shape)
+        result[name] = again.transpose(-1, -2).contiguous() if tensors[name].ndim == 3 else again
+    return result
+
+
+def stored_bytes(tensors: Mapping[str, Tensor], way: str, keep: float, block: int) -> int:
+    """Bytes with the share `keep` of the matrices: kept weights, a bit for each place or block, and the rest in bfloat16."""
+    matrices = [tensors[name] for name in prunable(tensors)]
+    places = sum(matrix.numel() for matrix in matrices)
     others = sum(tensor.numel() for tensor in tensors.values()) - places
-    return round(2 * (keep * places + others)) + (places // (8 * block**2) if keep < 1 else 0)
+    each, scales = (
+        (1, sum(m.numel() // m.shape[-1 if m.ndim == 2 else -2] for m in matrices)) if "int8" in way else (2, 0)
+    )
+    return round(each * keep * places + 2 * (others + scales)) + (places // (8 * block**2) if keep < 1 else 0)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -86,26 +104,34 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         return []
     whole = found["ticket", 1.0, 1]
     lines = [
-        f"### Single weights and blocks: lottery tickets, {len(whole)} seeds",
+        f"### Single weights and blocks: lottery tickets, seeds {', '.join(str(seed) for seed in whole)}",
         "",
-        f"The whole model, trained as long: {np.mean([r['bits_per_byte'] for r in whole.values()]):.4f} bits per byte, "
-        f"{next(iter(whole.values()))['bytes']:,} bytes in bfloat16.",
+        f"The whole model, trained as long: {_mean(whole):.4f} bits per byte, {_bytes(whole):,} bytes in bfloat16. Bytes are "
+        "counted, not those of a file: kept weights, a bit for each place, scales, and the rest in bfloat16.",
         "",
-        "| kept | removed as | ticket | above the whole (95 %) | random mask above it | other first weights above it | bytes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| kept | removed as | ticket | above the whole (95 %) | random mask above it | other first weights above it | bytes "
+        "| in int8, above the whole | bytes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for block, levels in LEVELS.items():
         for keep in levels:
-            ticket = found.get(("ticket", keep, block))
+            ticket, small = found.get(("ticket", keep, block)), found.get(("ticket int8", keep, block))
             if ticket is None:
                 continue
             cells = [_shown(ticket, whole)]
             cells += [_shown(found.get((way, keep, block)), ticket) for way in CONTROLS[1:]]
-            mean = np.mean([row["bits_per_byte"] for row in ticket.values()])
+            cells += [f"{_bytes(ticket):,}", _shown(small, whole), f"{_bytes(small):,}" if small else ""]
             kind = "single weights" if block == 1 else f"blocks of {block} x {block}"
-            size = next(iter(ticket.values()))["bytes"]
-            lines.append(f"| {keep:.1%} | {kind} | {mean:.4f} | {' | '.join(cells)} | {size:,} |")
+            lines.append(f"| {keep:.1%} | {kind} | {_mean(ticket):.4f} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _mean(rows: dict[int, dict[str, Any]]) -> float:
+    return float(np.mean([row["bits_per_byte"] for row in rows.values()]))
+
+
+def _bytes(rows: dict[int, dict[str, Any]]) -> int:
+    return next(iter(rows.values()))["bytes"]
 
 
 def _shown(mine: dict[int, dict[str, Any]] | None, than: dict[int, dict[str, Any]]) -> str:
