@@ -45,13 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**EXPERTS, "num_experts": 4, "head_dim": 4},
     "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy"},
     "deepseek_v3": LATENT,
-    "gpt_oss": {
-        "num_experts_per_tok": 2,
-        "num_local_experts": 4,
-        "head_dim": 4,
-        "swiglu_alpha": 1.0,
-        "swiglu_limit": 1e30,
-    },
+    "gpt_oss": {"num_experts_per_tok": 2, "num_local_experts": 4, "head_dim": 4},
     "llama": {},
     "qwen3": {"head_dim": 4},
 }

@@ -63,13 +63,15 @@ def gpt_oss_model(values: Values) -> Model:
     alpha, limit, K = values["swiglu_alpha"], values["swiglu_limit"], values["num_experts_per_tok"]
     require(alpha > 0, f"swiglu_alpha={alpha} (more than 0)")
     require(limit > 0, f"swiglu_limit={limit} (more than 0)")
+    head_dim = values["head_dim"]
+    require(head_dim % 2 == 0, f"head_dim={head_dim} (rotary positions turn pairs: an even number)")
     clamped = {"activation": "swiglu_oai", "activation_alpha": alpha, "activation_limit": limit, "expert_bias": True}
     plain = alpha == 1.0 and limit == NO_LIMIT
     bias = bool(values["attention_bias"])
     attention = GroupedQueryAttention(
         num_heads=values["num_attention_heads"],
         num_kv_heads=values["num_key_value_heads"],
-        head_dim=values["head_dim"],
+        head_dim=head_dim,
         qkv_bias=bias,
         out_bias=bias,
         windows=windows_of(values["layer_types"], values["sliding_window"]),

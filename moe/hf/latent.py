@@ -47,7 +47,14 @@ def _deepseek_model(values: Values, router: RouterConfig) -> Model:
     F, E, rope = values["moe_intermediate_size"], values["n_routed_experts"], values["qk_rope_head_dim"]
     groups, shared = values.get("n_group") or 1, values.get("n_shared_experts") or 0
     require(rope % 2 == 0, f"qk_rope_head_dim={rope} (rotary positions turn pairs: an even number)")
+    require(
+        values.get("head_dim") in (None, rope),
+        f"head_dim={values.get('head_dim')} (qk_rope_head_dim, {rope}, turns there)",
+    )
     require(E % groups == 0, f"n_group={groups} does not divide n_routed_experts={E}")
+    if getattr(router, "num_groups", 1) > 1:
+        top = values["topk_group"]
+        require(1 <= top <= groups, f"topk_group={top} (1 to n_group={groups})")
     require(shared > 0, "n_shared_experts=null (its classes always have a shared expert)")
     attention = LatentAttention(
         num_heads=values["num_attention_heads"],
