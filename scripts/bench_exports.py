@@ -1,8 +1,8 @@
-"""Bytes, quality and tokens per second of one run's exports: bfloat16, int8, int4, and GGUF where llama.cpp is installed.
+"""Bytes, quality and tokens per second of runs' exports: bfloat16, int8, int4, and GGUF where llama.cpp is installed.
 
-    .venv/bin/python scripts/bench_exports.py RUN [--rounds 7] [--tokens 48] [--write docs/reuse.md]
+    .venv/bin/python scripts/bench_exports.py RUN [RUN ...] [--rounds 7] [--tokens 48] [--write docs/reuse.md]
 
-RUN is a folder of a run, pruned or not. Every form continues the same prompt greedily, on two threads, in rounds that take each
+A RUN is a folder of a run, pruned or not. Every form continues the same prompt greedily, on two threads, in rounds that take each
 form once, in turn; a form's figure is the median of its rounds, with the smallest and the largest. `--write` renews the table
 between the page's markers. Needs the extra quantise, and for the rest gguf and xllamacpp.
 """
@@ -30,6 +30,7 @@ from moe.surgery.start import read_run
 from moe.train.evaluate import evaluate
 
 PROMPT = "def __init__(self"
+ROWS = 64
 MARKERS = ("<!-- written by scripts/bench_exports.py -->", "<!-- end -->")
 
 
@@ -42,6 +43,7 @@ class Form:
     reader: str
     go_on: Callable[[int], str]
     bits_per_byte: float | None = None
+    model: str = ""
 
 
 def transformers_form(name: str, folder: Path, model: Any) -> Form:
@@ -91,6 +93,13 @@ def _bytes(folder: Path) -> int:
 
 def forms_of(run: Path, place: Path) -> list[Form]:
     """Every form of the run's newest checkpoint that can be made here, evaluated where it is read as a model of ours."""
+    forms = _forms_of(run, place)
+    for form in forms:
+        form.model = described(run)
+    return forms
+
+
+def _forms_of(run: Path, place: Path) -> list[Form]:
     from transformers import AutoModelForCausalLM
 
     whole = place / "bfloat16"
@@ -115,11 +124,11 @@ def forms_of(run: Path, place: Path) -> list[Form]:
 
 
 def quality(run: Path, folder: Path) -> float:
-    """Bits per byte of an export on 64 validation rows of the run."""
+    """Bits per byte of an export on some validation rows of the run."""
     settings = read_run(run).run
     model = hf.load(folder)
     model.config = settings.model
-    return evaluate(model, prepare(settings.data), parallel.start("cpu"), rows=64, micro_rows=16).bits_per_byte
+    return evaluate(model, prepare(settings.data), parallel.start("cpu"), rows=ROWS, micro_rows=16).bits_per_byte
 
 
 def measure(forms: list[Form], rounds: int, tokens: int) -> list[list[float]]:
@@ -134,29 +143,36 @@ def measure(forms: list[Form], rounds: int, tokens: int) -> list[list[float]]:
     return rates
 
 
-def table(run: Path, forms: list[Form], rates: list[list[float]], tokens: int) -> str:
-    """The page's part."""
+def described(run: Path) -> str:
+    """What model a run has."""
     config = read_run(run).run.model
     experts = f"{config.moe.num_experts} experts, {config.moe.top_k} a token, " if config.moe is not None else ""
+    return f"{experts}{config.num_layers} layers of {config.dim}"
+
+
+def table(runs: list[Path], forms: list[Form], rates: list[list[float]], tokens: int) -> str:
+    """The page's part."""
     lines = [
-        f"`python scripts/bench_exports.py {run.name}`: {experts}{config.num_layers} layers of {config.dim}; {tokens} tokens "
-        f"after a prompt of {len(PROMPT)} bytes, greedy, two threads, {len(rates[0])} interleaved rounds.",
+        f"`python scripts/bench_exports.py {' '.join(run.name for run in runs)}`: {tokens} tokens after a prompt of "
+        f"{len(PROMPT)} bytes, greedy, two threads, {len(rates[0])} interleaved rounds; bits per byte on {ROWS} validation rows.",
         "",
-        "| stored as | bytes of weights | bits per byte | read by | tokens/s, median | smallest to largest |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| model | stored as | bytes of weights | bits per byte | read by | tokens/s, median | smallest to largest |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for form, found in zip(forms, rates, strict=True):
         bits = f"{form.bits_per_byte:.4f}" if form.bits_per_byte is not None else ""
         spread = f"{min(found):.0f} to {max(found):.0f}"
         middle = statistics.median(found)
-        lines.append(f"| {form.name} | {form.bytes:,} | {bits} | {form.reader} | {middle:.0f} | {spread} |")
+        lines.append(
+            f"| {form.model} | {form.name} | {form.bytes:,} | {bits} | {form.reader} | {middle:.0f} | {spread} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Make the forms, time them, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48, help="that each form writes in a round")
     parser.add_argument("--write", type=Path, help="page whose table is renewed")
@@ -164,10 +180,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
-        forms = forms_of(given.run, Path(place))
+        forms = [form for number, run in enumerate(given.runs) for form in forms_of(run, Path(place) / str(number))]
         for form in forms:
             print(f"{form.name}, {form.reader}: {form.go_on(24)!r}")
-        text = table(given.run, forms, measure(forms, given.rounds, given.tokens), given.tokens)
+        text = table(given.runs, forms, measure(forms, given.rounds, given.tokens), given.tokens)
     print(text)
     if given.write is not None:
         page = given.write.read_text(encoding="utf-8")
