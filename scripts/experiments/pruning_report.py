@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from pruning_tickets import table as ticket_table
 
 from moe.analysis.paired import Interval, t_interval
@@ -251,7 +252,8 @@ def plot(rows: Rows, table: Rows, steps: int, path: Path) -> None:
             color=GREY,
         )
         active.set(xlabel="thousands of active parameters", ylabel="bits per byte", title="experts kept, bfloat16")
-        active.margins(x=0.15)
+        active.margins(x=0.25)
+        active.xaxis.set_major_locator(MaxNLocator(4))
         if table:
             right.legend(loc="lower left")
         figure.savefig(path, dpi=110)
