@@ -53,9 +53,9 @@ def adapt(model: nn.Module, lora: Lora, *, seed: int, std: float) -> None:
         if _target_of(name) not in lora.targets:
             continue
         if isinstance(module, Experts):
-            stacks = [item for item in module.named_parameters(recurse=False) if not is_bias(item[0])]
+            stacks = {leaf: w for leaf, w in module.named_parameters(recurse=False) if not is_bias(leaf)}
             module.lora = nn.ModuleDict(
-                {leaf: LowRank(w.shape[1], w.shape[2], lora, experts=len(w)) for leaf, w in stacks if not is_bias(leaf)}
+                {leaf: LowRank(w.shape[1], w.shape[2], lora, experts=len(w)) for leaf, w in stacks.items()}
             )
         elif isinstance(module, Linear):
             module.lora = LowRank(module.in_features, module.out_features, lora)
