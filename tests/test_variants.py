@@ -102,6 +102,11 @@ def test_a_damaged_store_names_the_file(base, tmp_path):
     (tmp_path / "variants" / "base.json").write_text('{"x')
     with pytest.raises(CheckpointError, match=r"base\.json is damaged"):
         store.read(tmp_path, "base")
+    assert store.remove(tmp_path, "base") > 0 and not list((tmp_path / "blobs").glob("*/*")), "a damaged one goes too"
+    for use in (lambda: store.listing(tmp_path / "nowhere"), lambda: store.remove(tmp_path / "nowhere", "base")):
+        with pytest.raises(CheckpointError):
+            use()
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_removing_a_variant_deletes_what_it_alone_needs(base, tmp_path, capsys):

@@ -11,10 +11,11 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from moe import init
 from moe.surgery.scores import LayerUse
 
 MATRICES = ("experts.w_gate_EDF", "experts.w_up_EDF", "experts.w_down_EFD")
-BIASES = ("experts.b_gate_EF", "experts.b_up_EF", "experts.b_down_ED")
+BIASES = tuple(f"experts.{name}" for name in init.BIASES)
 
 
 def expert_dimension(name: str) -> int | None:

@@ -33,11 +33,16 @@ def put(store: Path, name: str, folder: Path) -> dict[str, int]:
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise ConfigError(f"variant {name!r} must be letters, digits, '.', '_' and '-'")
     manifest = store / "variants" / f"{name}.json"
-    if manifest.exists():
-        raise ConfigError(f"{store} has a variant {name!r} already: choose another name")
+    _require_new(store, name)
     source = read_run(folder, adapters="apart")
     with lock(store / ".lock", wait=True):
+        _require_new(store, name)  # another process may have put it meanwhile
         return _put(store, manifest, source)
+
+
+def _require_new(store: Path, name: str) -> None:
+    if name in names(store):
+        raise ConfigError(f"{store} has a variant {name!r} already: choose another name")
 
 
 def _put(store: Path, manifest: Path, source: Source) -> dict[str, int]:
@@ -69,10 +74,14 @@ def _shards(name: str, tensor: Tensor) -> list[Tensor]:
 
 
 def remove(store: Path, name: str) -> int:
-    """Forget a variant and delete the shards that no other needs; returns the bytes that came free."""
+    """Forget a variant, damaged or not, and delete the shards that no other needs; returns the bytes that came free.
+
+    Raises CheckpointError for an unknown name, and where another variant is damaged, so that nobody knows what it needs.
+    """
+    _require_there(store, name)
     with lock(store / ".lock", wait=True):
+        _require_there(store, name)
         before = size(store)
-        _manifest(store, name)
         others = {other for other in names(store) if other != name}
         needed = {digest for other in others for digest in _digests(_manifest(store, other))}
         (store / "variants" / f"{name}.json").unlink()
@@ -93,18 +102,22 @@ def read(store: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return document, tensors
 
 
+def _require_there(store: Path, name: str) -> None:
+    if name not in names(store):
+        raise CheckpointError(f"{store} has no variant {name!r}; it has {', '.join(names(store)) or 'none'}")
+
+
 def _manifest(store: Path, name: str) -> dict[str, Any]:
     """A variant's document. Raises CheckpointError for an unknown name, another version, or a file that is damaged."""
+    _require_there(store, name)
     path = store / "variants" / f"{name}.json"
-    if not path.is_file():
-        raise CheckpointError(f"{store} has no variant {name!r}; it has {', '.join(names(store)) or 'none'}")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         version = document["schema_version"]
         _digests(document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}): remove it and put the run again under that name"
+            f"{path} is damaged ({error}): 'moe store remove {store} {name}', and put the run again under that name"
         ) from error
     if version != SCHEMA_VERSION:
         raise CheckpointError(
@@ -155,6 +168,8 @@ def size(store: Path, name: str = "") -> int:
 
 def listing(store: Path) -> list[dict[str, Any]]:
     """Every variant with its step, the bytes that it needs, and those that no other variant needs."""
+    if not (store / "variants").is_dir():
+        raise CheckpointError(f"{store} is no store: 'moe store put' makes one")
     documents = {name: _manifest(store, name) for name in names(store)}
     uses = Counter(digest for document in documents.values() for digest in _digests(document))
     return [
