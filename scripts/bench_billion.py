@@ -7,7 +7,6 @@ Runs `moe train recipes/billion.py` in a process of its own, whose summary has t
 for the checkpoint (12 GB), which is deleted.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_common import Ratio, has_markers, machine, markers, spread, write_between
+from bench_common import Ratio, keep, machine, options, parse, spread
 
 from moe import cost
 from moe.config.layout import resolve
@@ -80,16 +79,14 @@ def page(found: dict[str, Any], bare: int, figures: dict[str, Ratio], facts: dic
 
 def main() -> None:
     """Train, print, and write what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--folder", type=Path, help="where the run is, while it is there")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="renew the table of a page, between its markers")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    parser = options(__doc__)
+    parser.add_argument(
+        "--steps", type=int, default=4, metavar="N", help="of training, at least 3 (default: %(default)s)"
+    )
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where the run is, while it is there")
+    arguments = parse(parser, NAME)
     if arguments.steps < 3:
         parser.error("--steps must be at least 3: quartiles need two values, and the first step is not counted")
-    if arguments.write and not has_markers(arguments.write, NAME):
-        parser.error(f"--write {arguments.write} must be a page with the lines {' and '.join(markers(NAME))}")
     bare = bare_bytes()
     found = measure(ROOT / "recipes/billion.py", [f"train.steps={arguments.steps}"], arguments.folder)
     ratio = found["peak"] / (found["plan"] + bare)
@@ -100,11 +97,7 @@ def main() -> None:
     facts = machine()
     text = page(found, bare, figures, facts)
     print(text)
-    if arguments.write:
-        write_between(arguments.write, NAME, text)
-    if arguments.json:
-        content = {"facts": facts, "figures": figures, **found, "bare": bare}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    keep(arguments, NAME, text, {"facts": facts, "figures": figures, **found, "bare": bare})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""What the benchmarks share: ratios over rounds, facts of the machine, and the part of a page between two markers."""
+"""What the benchmarks share: their options, ratios over rounds, facts of the machine, and what they leave in pages and files."""
 
+import argparse
+import json
 import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -74,3 +77,52 @@ def write_between(page: Path, name: str, text: str) -> None:
     begin, end = markers(name)
     before, rest = page.read_text(encoding="utf-8").split(begin, 1)
     page.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+
+
+def options(doc: str | None, *, rounds: int = 0, cpu_time: str = "") -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark, for each to add its own.
+
+    `doc` is the script's docstring, shown by --help. `rounds`: default of --rounds, and whether there is such an option;
+    `cpu_time`: whose time --cpu-time counts, and whether there is one.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds:
+        parser.add_argument(
+            "--rounds",
+            type=int,
+            default=rounds,
+            metavar="N",
+            help="that are counted, at least 2 (default: %(default)s)",
+        )
+    if cpu_time:
+        parser.add_argument(
+            "--cpu-time", action="store_true", help=f"processor time {cpu_time}: for a machine that others use"
+        )
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="renew the figures of a page, between its markers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures for programs")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """The arguments, refused before anything is measured where rounds are too few or there is no place to write to."""
+    arguments = parser.parse_args()
+    if getattr(arguments, "rounds", 2) < 2:
+        parser.error("--rounds must be at least 2: quartiles need two values")
+    if arguments.write and not has_markers(arguments.write, name):
+        parser.error(f"--write {arguments.write} must be a page with the lines {' and '.join(markers(name))}")
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+    return arguments
+
+
+def clock_of(arguments: argparse.Namespace) -> Callable[[], float]:
+    """Seconds of this process's work with --cpu-time, of the wall clock without."""
+    return time.process_time if arguments.cpu_time else time.perf_counter
+
+
+def keep(arguments: argparse.Namespace, name: str, text: str, content: dict[str, Any]) -> None:
+    """Write the page's part and the file of figures that were asked for."""
+    if arguments.write:
+        write_between(arguments.write, name, text)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

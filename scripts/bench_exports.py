@@ -7,7 +7,6 @@ form once, in turn; a form's figure is the median of its rounds, with the smalle
 between the page's markers. Needs the extra quantise, and for the rest gguf and xllamacpp.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_common import keep, machine, options, parse, spread
 
 from moe import hf, parallel
 from moe.data import prepare
@@ -31,7 +31,7 @@ from moe.train.evaluate import evaluate
 
 PROMPT = "def __init__(self"
 ROWS = 64
-MARKERS = ("<!-- written by scripts/bench_exports.py -->", "<!-- end -->")
+NAME = "bench_exports"
 
 
 @dataclass
@@ -171,25 +171,22 @@ def table(runs: list[Path], forms: list[Form], rates: list[list[float]], tokens:
 
 def main() -> None:
     """Make the forms, time them, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = options(__doc__, rounds=7)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--tokens", type=int, default=48, help="that each form writes in a round")
-    parser.add_argument("--write", type=Path, help="page whose table is renewed")
-    given = parser.parse_args()
+    given = parse(parser, NAME)
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
         forms = [form for number, run in enumerate(given.runs) for form in forms_of(run, Path(place) / str(number))]
         for form in forms:
             print(f"{form.name}, {form.reader}: {form.go_on(24)!r}")
-        text = table(given.runs, forms, measure(forms, given.rounds, given.tokens), given.tokens)
+        rates = measure(forms, given.rounds, given.tokens)
+    text = table(given.runs, forms, rates, given.tokens)
     print(text)
-    if given.write is not None:
-        page = given.write.read_text(encoding="utf-8")
-        before, rest = page.split(MARKERS[0])
-        after = rest.split(MARKERS[1])[1]
-        given.write.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}", encoding="utf-8")
+    speeds = zip(forms, rates, strict=True)
+    figures = {f"{form.model}: {form.name}, {form.reader}, tokens/s": spread(found) for form, found in speeds}
+    keep(given, NAME, text, {"facts": machine(), "figures": figures})
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ round, which is not counted. The first loss line is that of `python -m moe train
 to the line `step 1/40  loss ...`; the corpus is prepared before, once. Differences are within a round.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench_common import Ratio, has_markers, machine, markers, spread, write_between
+from bench_common import Ratio, keep, machine, options, parse, spread
 
 NAME = "bench_first_line"
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,25 +88,14 @@ def page(figures: dict[str, Ratio], facts: dict[str, str]) -> str:
 
 def main() -> None:
     """Measure, print, and write what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--cpu-time", action="store_true", help="of the processes, for a machine that others use")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="renew the table of a page, between its markers")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("--rounds must be at least 2: quartiles need two values")
-    if arguments.write and not has_markers(arguments.write, NAME):
-        parser.error(f"--write {arguments.write} must be a page with the lines {' and '.join(markers(NAME))}")
+    parser = options(__doc__, rounds=9, cpu_time="of the processes")
+    arguments = parse(parser, NAME)
     figures = measure(arguments.rounds, _processor_time if arguments.cpu_time else time.perf_counter)
     clock = "processor time" if arguments.cpu_time else "wall clock"
     facts = {**machine(), "clock": clock, "rounds": str(arguments.rounds)}
     text = page(figures, facts)
     print(text)
-    if arguments.write:
-        write_between(arguments.write, NAME, text)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"facts": facts, "figures": figures}, indent=2) + "\n", encoding="utf-8")
+    keep(arguments, NAME, text, {"facts": facts, "figures": figures})
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ time, its resident memory and the step that metrics.jsonl has reached; the figur
 work included. A slope is that of a straight line through the hundreds but the first two, with a 95 % interval of Student's t.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import threading
@@ -18,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_common import Ratio, has_markers, machine, markers, write_between
+from bench_common import Ratio, keep, machine, options, parse
 from scipy.stats import t as student
 
 from moe.config.load import load
@@ -115,15 +113,13 @@ def page(series: dict[str, list[float]], figures: dict[str, Ratio], facts: dict[
 
 def main() -> None:
     """Train, print, and write what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="renew the table of a page, between its markers")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    parser = options(__doc__)
+    parser.add_argument(
+        "--steps", type=int, default=2000, metavar="N", help="of training, in hundreds (default: %(default)s)"
+    )
+    arguments = parse(parser, NAME)
     if arguments.steps % HUNDRED or arguments.steps < (SKIPPED + 3) * HUNDRED:
         parser.error(f"--steps must be hundreds, at least {SKIPPED + 3} of them: a slope needs three")
-    if arguments.write and not has_markers(arguments.write, NAME):
-        parser.error(f"--write {arguments.write} must be a page with the lines {' and '.join(markers(NAME))}")
     series = measure(arguments.steps)
     late = {name: values[SKIPPED:] for name, values in series.items()}
     mean = statistics.fmean(late["milliseconds per step"])
@@ -134,11 +130,7 @@ def main() -> None:
     facts = machine()
     text = page(series, figures, facts)
     print(text)
-    if arguments.write:
-        write_between(arguments.write, NAME, text)
-    if arguments.json:
-        content = {"facts": facts, "figures": figures, "series": series}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    keep(arguments, NAME, text, {"facts": facts, "figures": figures, "series": series})
 
 
 if __name__ == "__main__":

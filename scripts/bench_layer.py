@@ -12,18 +12,14 @@ have in training. `products` is the floor: nothing but the matrix products of ea
 after another into memory that is there. `--issue` is all of it: both types at one thread and at two, new tokens at one.
 """
 
-import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import transformers
-from bench_common import has_markers, machine, markers, peak_gigaflops, ratios, write_between
+from bench_common import clock_of, keep, machine, options, parse, peak_gigaflops, ratios
 from bench_layer_page import NAME, Row, figures, print_row, tables
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
@@ -172,27 +168,27 @@ def time_shape(shape: tuple[int, ...], dtype: str, tokens: str, rounds: int, clo
 
 def main() -> None:
     """Time all shapes, print a table and write what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1])
-    parser.add_argument("--tokens", nargs="+", choices=["same", "new"], default=["same"])
-    parser.add_argument("--shapes", nargs="+", type=int, choices=range(len(SHAPES)), default=list(range(len(SHAPES))))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = options(__doc__, rounds=15, cpu_time="of this process, on one thread")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"], help="(default: %(default)s)")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--cpu-time", action="store_true", help="of this process, for a machine that others use; one thread"
+        "--tokens", nargs="+", choices=["same", "new"], default=["same"], help="in every round (default: %(default)s)"
+    )
+    shapes = ", ".join(f"{index}: {shape}" for index, shape in enumerate(SHAPES))
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=int,
+        choices=range(len(SHAPES)),
+        default=list(range(len(SHAPES))),
+        help=f"T, D, F, E, K by number ({shapes}; default: all)",
     )
     parser.add_argument("--issue", action="store_true", help="everything that docs/benchmarks.md has of this script")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="renew the tables of a page, between its markers")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parse(parser, NAME)
     if arguments.cpu_time and (arguments.issue or arguments.threads != [1]):
         parser.error("--cpu-time adds up the threads' times: it goes with --threads 1, and not with --issue")
-    if arguments.rounds < 2:
-        parser.error("--rounds must be at least 2: quartiles need two values")
-    if arguments.write and not has_markers(arguments.write, NAME):
-        parser.error(f"--write {arguments.write} must be a page with the lines {' and '.join(markers(NAME))}")
     cases = [(threads, tokens) for tokens in arguments.tokens for threads in arguments.threads]
-    dtypes, clock = arguments.dtype, time.process_time if arguments.cpu_time else time.perf_counter
+    dtypes, clock = arguments.dtype, clock_of(arguments)
     if arguments.issue:
         cases, dtypes = [(1, "same"), (2, "same"), (1, "new")], list(DTYPES)
     facts = {**machine(), "transformers": transformers.__version__, "rounds": str(arguments.rounds)}
@@ -210,11 +206,8 @@ def main() -> None:
                     rows.append(row)
                     print_row(row)
     print(" · ".join(f"{key} {value}" for key, value in facts.items()))
-    if arguments.write:
-        write_between(arguments.write, NAME, tables(rows, facts))
-    if arguments.json:
-        content = {"facts": facts, "figures": figures(rows), "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    content = {"facts": facts, "figures": figures(rows), "rows": [asdict(row) for row in rows]}
+    keep(arguments, NAME, tables(rows, facts), content)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,16 @@ down slows all of them down. Ranks: recipes/smoke.py with 64 rows a step, in all
 each, in turns. With --write the plot is bench_scaling.png in the folder of the page's name beside it.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_common import Ratio, has_markers, machine, markers, spread, write_between
+from bench_common import Ratio, clock_of, keep, machine, options, parse, spread
 
 from moe.attention import RotaryEmbedding
 from moe.config.schema import GroupedQueryAttention, Model, MoE
@@ -174,30 +172,18 @@ def page(points: dict[tuple[str, int], Ratio], ranks: dict[str, Ratio], facts: d
 
 def main() -> None:
     """Time everything, print, and write what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="of the layers; ranks are always timed by the wall clock"
-    )
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="renew the tables of a page, between its markers")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("--rounds must be at least 2: quartiles need two values")
-    if arguments.write and not has_markers(arguments.write, NAME):
-        parser.error(f"--write {arguments.write} must be a page with the lines {' and '.join(markers(NAME))}")
+    parser = options(__doc__, rounds=9, cpu_time="of the layers, not of ranks")
+    arguments = parse(parser, NAME)
     torch.set_num_threads(1)
-    points = time_lines(arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
+    points = time_lines(arguments.rounds, clock_of(arguments))
     ranks = time_ranks(max(2, arguments.rounds // 3))
     facts = {**machine(), "rounds": str(arguments.rounds)}
     text = page(points, ranks, facts, f"benchmarks/{NAME}.png")
     print(text)
     if arguments.write:
         plot(points, arguments.write.with_suffix("") / f"{NAME}.png")
-        write_between(arguments.write, NAME, text)
-    if arguments.json:
-        figures = {f"{name} {size}, ms": value for (name, size), value in points.items()} | ranks
-        arguments.json.write_text(json.dumps({"facts": facts, "figures": figures}, indent=2) + "\n", encoding="utf-8")
+    figures = {f"{name} {size}, ms": value for (name, size), value in points.items()} | ranks
+    keep(arguments, NAME, text, {"facts": facts, "figures": figures})
 
 
 if __name__ == "__main__":

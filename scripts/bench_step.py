@@ -13,18 +13,15 @@ Every round gives each contender one step, in rotating order. Then steps of ours
 torch, and the time of operators is summed by kind (bench_step_profile.py). Settings can be changed: `train.loss_chunk=512`.
 """
 
-import argparse
-import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from bench_common import Ratio, has_markers, machine, markers, peak_gigaflops, ratios, spread, write_between
+from bench_common import Ratio, clock_of, keep, machine, options, parse, peak_gigaflops, ratios, spread
 from bench_step_profile import Profile, profile_of, profile_table
 from torch import Tensor, nn
 
@@ -199,25 +196,15 @@ def page(rows: list[Row], profiles: dict[str, Profile], facts: dict[str, str]) -
 
 def main() -> None:
     """Time all contenders, profile them, and write what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=15, cpu_time="of this process, on one thread")
     parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE", help="of our run and its twin")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--only", nargs="+", help="contenders whose names hold one of these words; ours always")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="of this process, for a machine that others use; one thread"
-    )
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="renew the tables of a page, between its markers")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("--rounds must be at least 2: quartiles need two values")
+    arguments = parse(parser, NAME)
     if arguments.write and (arguments.cpu_time or arguments.overrides or arguments.only):
         parser.error("--write is for the page's own figures: without --cpu-time, --only and settings")
-    if arguments.write and not has_markers(arguments.write, NAME):
-        parser.error(f"--write {arguments.write} must be a page with the lines {' and '.join(markers(NAME))}")
     torch.set_num_threads(1 if arguments.cpu_time else arguments.threads)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    clock = clock_of(arguments)
     transformers.utils.logging.disable_progress_bar()
     run = step_run(arguments.overrides)
     facts = {
@@ -241,16 +228,8 @@ def main() -> None:
     profiles = {name: profile_of(step, arguments.rounds + 2) for name, step in steps.items() if name in kept}
     print("\n".join(profile_table(profiles)))
     print(" · ".join(f"{key} {value}" for key, value in facts.items()))
-    if arguments.write:
-        write_between(arguments.write, NAME, page(rows, profiles, facts))
-    if arguments.json:
-        content = {
-            "facts": facts,
-            "figures": figures(rows),
-            "rows": [asdict(row) for row in rows],
-            "profiles": profiles,
-        }
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = {"facts": facts, "figures": figures(rows), "rows": [asdict(row) for row in rows], "profiles": profiles}
+    keep(arguments, NAME, page(rows, profiles, facts), content)
 
 
 if __name__ == "__main__":

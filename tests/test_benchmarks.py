@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench_flat  # noqa: E402
 import bench_repeat  # noqa: E402
-from bench_common import has_markers, write_between  # noqa: E402
+from bench_common import has_markers, options, parse, write_between  # noqa: E402
 
 
 def test_a_slope_and_its_interval_are_those_of_scipy():
@@ -54,3 +54,18 @@ def test_an_unknown_part_is_refused_before_anything_is_measured():
     )
     assert done.returncode == 2
     assert "unknown part 'layers': one of first-line step layer" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--rounds", "1"], "--rounds must be at least 2"),
+        (["--write", "README.md"], "must be a page with the lines <!-- bench_x begin --> and <!-- bench_x end -->"),
+        (["--json", "nowhere/at/all.json"], "there is no folder nowhere/at"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_before_anything_is_measured(given, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_x.py", *given])
+    with pytest.raises(SystemExit):
+        parse(options("What it does.", rounds=3), "bench_x")
+    assert said in capsys.readouterr().err
