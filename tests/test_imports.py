@@ -41,6 +41,7 @@ LAYERS = (
     ("moe.files",),
     ("moe.errors",),
     ("moe_triton",),
+    ("moe_cpu",),
 )
 # Narrower than its place above: works on a laptop from files alone.
 ONLY = {"moe.analysis": ("moe.cost", "moe.config", "moe.files", "moe.errors", "moe_triton.chips")}
@@ -53,9 +54,10 @@ FOREIGN = {
     "moe_triton.chips": set(),
     "moe_triton.reference": {"torch"},
     "moe_triton": {"torch", "triton"},
+    "moe_cpu": {"torch"},
 }
 FACADE = "moe"  # moe/__init__.py gives names of all layers away, lazily; inside the project nobody imports from it
-PACKAGES = {"recipes": "recipes", "moe": "moe", "moe_triton": "kernels/moe_triton"}
+PACKAGES = {"recipes": "recipes", "moe": "moe", "moe_triton": "kernels/moe_triton", "moe_cpu": "kernels/moe_cpu"}
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -223,6 +225,7 @@ def test_every_imported_package_is_a_declared_dependency():
         ("import moe.cost", ("torch", "triton")),
         ("import moe_triton.reference", ("triton", "moe")),
         ("import moe_triton.chips", ("torch", "triton", "moe")),
+        ("import moe_cpu.product", ("triton", "moe")),
     ],
 )
 def test_an_import_leaves_what_it_does_not_need_unloaded(statement, absent):

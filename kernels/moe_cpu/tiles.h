@@ -1,0 +1,130 @@
+/* What the kernels of this folder share: vectors as wide as the processor's, the tile of a matrix product, packing, exp.
+ *
+ * Products are computed a tile at a time: MR x NR elements stay in registers while k runs. Both operands are packed first, k-major,
+ * MR or NR elements after one another, so that the loop reads two streams whatever the operands' strides, and a gather of rows
+ * costs nothing of its own. gcc's and clang's vector extensions: the same source is AVX-512, AVX2 or NEON.
+ */
+#ifndef MOE_CPU_TILES_H
+#define MOE_CPU_TILES_H
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+enum { VL = 16, MR = 12 };
+#elif defined(__AVX2__)
+enum { VL = 8, MR = 6 };
+#else
+enum { VL = 4, MR = 8 };
+#endif
+enum { NR = 2 * VL, BYTES = 4 * VL };
+
+typedef float vec __attribute__((vector_size(BYTES)));
+typedef float loose __attribute__((vector_size(BYTES), aligned(4))); /* of any address */
+typedef int32_t ints __attribute__((vector_size(BYTES)));
+
+typedef struct {
+    vec at[MR][2];
+} tile;
+
+static inline vec load(const float *from) { return *(const loose *)from; }
+static inline void store(float *to, vec value) { *(loose *)to = value; }
+static inline long least(long a, long b) { return a < b ? a : b; }
+static inline long blocks(long count, long size) { return (count + size - 1) / size; }
+
+/* sum over k < K of a[k][0..MR] x b[k][0..NR], of packed panels */
+static inline tile multiply(long K, const float *restrict a, const float *restrict b) {
+    tile sum;
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++) sum.at[i][0] = sum.at[i][1] = (vec){0};
+#pragma GCC unroll 2
+    for (long k = 0; k < K; k++) {
+        const vec left = *(const vec *)b, right = *(const vec *)(b + VL);
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; i++) {
+            sum.at[i][0] += a[i] * left;
+            sum.at[i][1] += a[i] * right;
+        }
+        a += MR;
+        b += NR;
+    }
+    return sum;
+}
+
+/* out[i][0..columns] = or += tile, for i < rows <= MR and columns <= NR */
+static inline void put(const tile *sum, float *out, long stride, long rows, long columns, int add) {
+    if (columns == NR) {
+        for (long i = 0; i < rows; i++, out += stride) {
+            store(out, add ? load(out) + sum->at[i][0] : sum->at[i][0]);
+            store(out + VL, add ? load(out + VL) + sum->at[i][1] : sum->at[i][1]);
+        }
+        return;
+    }
+    const float *flat = (const float *)sum;
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < columns; j++) out[i * stride + j] = (add ? out[i * stride + j] : 0) + flat[i * NR + j];
+}
+
+/* panel[k][i] = source row i, element k, for i < n of `size`, zeros after; rows are `stride` apart, or at `index` times stride */
+static inline void pack_rows(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+    for (long first = 0; first < K; first += 16) {
+        const long end = least(first + 16, K);
+        for (int i = 0; i < size; i++) {
+            if (i < n) {
+                const float *row = source + (index ? index[i] : i) * stride;
+                for (long k = first; k < end; k++) panel[k * size + i] = row[k];
+            } else {
+                for (long k = first; k < end; k++) panel[k * size + i] = 0;
+            }
+        }
+    }
+}
+
+/* panel[k][i] = source row k, element i: the same of a transposed matrix, whose row k is at k or index[k] times stride */
+static inline void pack_columns(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+    for (long k = 0; k < K; k++, panel += size) {
+        const float *row = source + (index ? index[k] : k) * stride;
+        if (n >= size) {
+            memcpy(panel, row, sizeof(float) * size);
+        } else {
+            for (int i = 0; i < size; i++) panel[i] = i < n ? row[i] : 0;
+        }
+    }
+}
+
+/* elementwise mask ? a : b, where a comparison of vectors made the mask */
+static inline vec pick(ints mask, vec a, vec b) { return (vec)((mask & (ints)a) | (~mask & (ints)b)); }
+
+/* e^x within 2 units of the last place: x = n ln 2 + r, a polynomial of degree 6 in r, and 2^n put together from its bits */
+static inline vec exponential(vec x) {
+    const vec low = (vec){0} - 87.3f, high = (vec){0} + 88.7f;
+    x = pick(x < low, low, x); /* NaN passes */
+    x = pick(x > high, high, x);
+    const vec magic = (vec){0} + 12582912.0f; /* 1.5 x 2^23: adding it rounds to an integer, which is then in the low bits */
+    const vec shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
+    const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = r * 1.38888889e-3f + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * (vec)(((ints)shifted << 23) + (127 << 23));
+}
+
+static inline float total(vec value) {
+    float sum = 0;
+    for (int i = 0; i < VL; i++) sum += value[i];
+    return sum;
+}
+
+/* scratch memory of a thread, which grows and is kept: fresh memory would cost a page fault for every 4 kB */
+static inline float *scratch(float **held, size_t *size, size_t elements) {
+    if (*size < elements) {
+        free(*held);
+        *held = aligned_alloc(64, (elements * sizeof(float) + 63) / 64 * 64);
+        *size = *held ? elements : 0;
+    }
+    return *held;
+}
+#endif
