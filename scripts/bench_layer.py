@@ -1,7 +1,7 @@
 """Time one expert layer, forward and backward: ours, transformers', and a dense layer of equal active FLOPs, interleaved.
 
     python scripts/bench_layer.py [--dtype float32 bfloat16] [--threads 1 2] [--tokens same new] [--rounds 15] [--json FILE]
-    python scripts/bench_layer.py --issue [--write docs/benchmarks.md]
+    python scripts/bench_layer.py --issue [--peers] [--write docs/benchmarks.md]
 
 Every round runs each contender once, in rotating order, so that a machine that slows down slows all of them down. What
 is reported is each contender's speed as a share of the dense layer's: the median over rounds of dense time / its time,
@@ -10,6 +10,7 @@ with quartiles. The contenders that compute the same function are compared first
 `--tokens same` gives every round the same tokens, `new` others: then experts have other numbers of rows each time, as they
 have in training. `products` is the floor: nothing but the matrix products of each expert's size, forward and backward, one
 after another into memory that is there. `--issue` is all of it: both types at one thread and at two, new tokens at one.
+`--peers` adds other projects' layers, those that are installed or those named; bench_layer_peers.py says how each differs.
 """
 
 import statistics
@@ -21,6 +22,7 @@ import torch
 import transformers
 from bench_common import clock_of, keep, machine, options, parse, peak_gigaflops, ratios
 from bench_layer_page import NAME, Row, figures, print_row, tables
+from bench_layer_peers import PEERS, build_peers, installed, missing
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -65,24 +67,30 @@ def build_theirs(ours: MoELayer, shape: tuple[int, ...], implementation: str) ->
     return block
 
 
-def contenders(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[dict[str, Callable], Callable[[int], Tensor]]:
-    """Functions of x that do a forward and a backward pass, and x [1, T, D] of a round. Weights are of the type that is timed."""
+def contenders(
+    shape: tuple[int, ...], dtype: torch.dtype, peers: list[str]
+) -> tuple[dict[str, Callable], dict[str, nn.Module], Callable[[int], Tensor]]:
+    """Functions of x that do a forward and a backward pass, the layers of some, and x [1, T, D] of a round.
+
+    Weights are of the type that is timed.
+    """
     T, D, F, _, K = shape
     torch.manual_seed(0)
     ours = build_ours(shape)
     modules = {name: build_theirs(ours, shape, name).to(dtype) for name in ("grouped_mm", "eager")}
+    others = build_peers(peers, ours, shape, dtype)
     dense = SwiGLU(D, K * F)
     nn.init.normal_(dense.gate.weight, std=0.05)
     layers: dict[str, nn.Module] = {"dense": dense.to(dtype), "ours": ours}
     # the experts in the timed type, like transformers'; the router stays float32, as in training
     ours.experts.to(dtype)
-    layers |= {f"transformers {name}": module for name, module in modules.items()}
+    layers |= {f"transformers {name}": module for name, module in modules.items()} | others
 
     def tokens(index: int) -> Tensor:
         return torch.randn(1, T, D, generator=torch.Generator().manual_seed(index)).to(dtype)
 
     functions = {name: _forward_backward(layer) for name, layer in layers.items()}
-    return {**functions, "products": products(ours, tokens(0))}, tokens
+    return {**functions, "products": products(ours, tokens(0))}, layers, tokens
 
 
 def products(ours: MoELayer, x: Tensor) -> Callable[[Tensor], None]:
@@ -125,9 +133,10 @@ def _forward_backward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor
 
 
 def check_agreement(functions: dict[str, Callable], x: torch.Tensor, share: float, tolerance: float) -> None:
-    """Output and input gradient of ours equal transformers' for a share of the tokens, else nothing is timed."""
+    """Output and input gradient of ours are those of all that compute the same, for a share of the tokens; else nothing is timed."""
     ours = functions["ours"](x).float()
-    for name in ("transformers grouped_mm", "transformers eager"):
+    same = [name for name in functions if name.startswith("transformers") or (name in PEERS and PEERS[name].same)]
+    for name in same:
         theirs = functions[name](x).float()
         errors = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
         error = errors.flatten().quantile(share).item()
@@ -135,9 +144,11 @@ def check_agreement(functions: dict[str, Callable], x: torch.Tensor, share: floa
             sys.exit(f"ours and {name} differ by {error:.1e} (at most {tolerance:.0e}): nothing was timed")
 
 
-def time_shape(shape: tuple[int, ...], dtype: str, tokens: str, rounds: int, clock: Callable[[], float]) -> list[Row]:
+def time_shape(
+    shape: tuple[int, ...], dtype: str, tokens: str, rounds: int, clock: Callable[[], float], peers: list[str]
+) -> list[Row]:
     """Interleaved rounds at one shape."""
-    functions, tokens_of = contenders(shape, DTYPES[dtype])
+    functions, layers, tokens_of = contenders(shape, DTYPES[dtype], peers)
     x = tokens_of(0)
     check_agreement(functions, x, *AGREEMENT[dtype])
     names = list(functions)
@@ -161,6 +172,7 @@ def time_shape(shape: tuple[int, ...], dtype: str, tokens: str, rounds: int, clo
             share=ratios(seconds["dense"], seconds[name]),
             ours=ratios(seconds[name], seconds["ours"]),
             milliseconds=1000 * statistics.median(seconds[name]),
+            dropped=getattr(layers.get(name), "dropped", 0.0),
         )
         for name in names
     ]
@@ -184,7 +196,17 @@ def main() -> None:
         help=f"T, D, F, E, K by number ({shapes}; default: all)",
     )
     parser.add_argument("--issue", action="store_true", help="everything that docs/benchmarks.md has of this script")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=list(PEERS),
+        metavar="NAME",
+        help=f"other projects' layers ({', '.join(PEERS)}); without a name those that are installed",
+    )
     arguments = parse(parser, NAME)
+    if arguments.peers and missing(arguments.peers):
+        parser.error(missing(arguments.peers))
+    peers = arguments.peers or ([] if arguments.peers is None else installed())
     if arguments.cpu_time and (arguments.issue or arguments.threads != [1]):
         parser.error("--cpu-time adds up the threads' times: it goes with --threads 1, and not with --issue")
     cases = [(threads, tokens) for tokens in arguments.tokens for threads in arguments.threads]
@@ -202,7 +224,7 @@ def main() -> None:
                 flush=True,
             )
             for index in arguments.shapes:
-                for row in time_shape(SHAPES[index], dtype, tokens, arguments.rounds, clock):
+                for row in time_shape(SHAPES[index], dtype, tokens, arguments.rounds, clock, peers):
                     rows.append(row)
                     print_row(row)
     print(" · ".join(f"{key} {value}" for key, value in facts.items()))

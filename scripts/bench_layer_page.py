@@ -28,6 +28,8 @@ class Row:
     ours: Ratio
     """Our speed as a multiple of its own."""
     milliseconds: float
+    dropped: float = 0.0
+    """Share of the routed rows that it left out."""
 
 
 def print_row(row: Row) -> None:
@@ -35,7 +37,7 @@ def print_row(row: Row) -> None:
     label = ", ".join(map(str, row.shape))
     print(
         f"  {label:22} {row.contender:24} {row.share!s:20} of dense speed · ours is {row.ours!s:20} times as fast · "
-        f"{row.milliseconds:.1f} ms",
+        f"{row.milliseconds:.1f} ms" + (f" · drops {row.dropped:.1%} of the rows" if row.dropped else ""),
         flush=True,
     )
 
@@ -77,6 +79,25 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def peers_table(rows: list[Row]) -> list[str]:
+    """A line per type and shape of what other projects' layers reached; empty where none was timed."""
+    fixed = ("ours", "dense", "products", "transformers grouped_mm", "transformers eager")
+    names = list(dict.fromkeys(row.contender for row in rows if row.contender not in fixed))
+    if not names:
+        return []
+    columns = [column for name in names for column in (name, f"ours / {name}")]
+    lines = [f"| type | T, D, F, E, K | ours | {' | '.join(columns)} |", "| --- |" + " --- |" * (2 + len(columns))]
+    for (dtype, shape), group in _groups(rows, lambda row: (row.dtype, row.shape)):
+        by_name = {row.contender: row for row in group}
+        cells = [dtype, ", ".join(map(str, shape)), str(by_name["ours"].share)]
+        for name in names:
+            row = by_name.get(name)
+            drops = f", drops {row.dropped:.1%}" if row and row.dropped else ""
+            cells += [f"{row.share}{drops}", str(row.ours)] if row else ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def tables(rows: list[Row], facts: dict[str, str]) -> str:
     """All tables, each with what it was measured on and the geometric mean."""
     lines = [
@@ -94,6 +115,7 @@ def tables(rows: list[Row], facts: dict[str, str]) -> str:
             "",
             f"Ours over transformers' best, geometric mean of the table: {geometric_mean(group):.2f}.",
             "",
+            *peers_table(group),
         ]
     same = [row for row in rows if row.tokens == "same"]
     if len({row.threads for row in same}) > 1:

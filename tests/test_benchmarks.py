@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench_flat  # noqa: E402
+import bench_layer_page  # noqa: E402
+import bench_layer_peers  # noqa: E402
 import bench_repeat  # noqa: E402
-from bench_common import has_markers, options, parse, write_between  # noqa: E402
+from bench_common import Ratio, has_markers, options, parse, write_between  # noqa: E402
 
 
 def test_a_slope_and_its_interval_are_those_of_scipy():
@@ -69,3 +72,19 @@ def test_what_cannot_be_kept_is_refused_before_anything_is_measured(given, said,
     with pytest.raises(SystemExit):
         parse(options("What it does.", rounds=3), "bench_x")
     assert said in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_installed_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setitem(bench_layer_peers.PEERS, "x", bench_layer_peers.PEERS["st-moe"]._replace(module="no_such_moe"))
+    assert bench_layer_peers.missing(["x"]).endswith("not installed: pip install st-moe-pytorch")
+    assert "x" not in bench_layer_peers.installed()
+
+
+def test_the_table_of_peers_has_what_each_reached_and_dropped():
+    half, twice = Ratio(0.4, 0.5, 0.6), Ratio(1.9, 2.0, 2.1)
+    one = bench_layer_page.Row((8, 4, 2, 2, 1), "float32", 1, "same", "ours", twice, Ratio(1, 1, 1), 1.0)
+    other = replace(one, contender="st-moe", share=half, ours=twice, dropped=0.0625)
+    assert bench_layer_page.peers_table([one]) == []
+    assert bench_layer_page.peers_table([one, other])[2] == (
+        "| float32 | 8, 4, 2, 2, 1 | 2.00 [1.90, 2.10] | 0.50 [0.40, 0.60], drops 6.2% | 2.00 [1.90, 2.10] |"
+    )
