@@ -133,7 +133,7 @@ def _forward_backward(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor
 
 
 def check_agreement(functions: dict[str, Callable], x: torch.Tensor, share: float, tolerance: float) -> None:
-    """Output and input gradient of ours are those of all that compute the same, for a share of the tokens; else nothing is timed."""
+    """Output and gradient of ours are those of all that compute the same, for a share of the tokens, or nothing is timed."""
     ours = functions["ours"](x).float()
     same = [name for name in functions if name.startswith("transformers") or (name in PEERS and PEERS[name].same)]
     for name in same:
