@@ -3,11 +3,16 @@
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
+from tiny_runs import tiny_run
+
+from moe.data import Corpus
+from moe.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -15,6 +20,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import bench_flat  # noqa: E402
 import bench_layer_page  # noqa: E402
 import bench_layer_peers  # noqa: E402
+import bench_metrics  # noqa: E402
 import bench_repeat  # noqa: E402
 from bench_common import Ratio, has_markers, options, parse, write_between  # noqa: E402
 
@@ -56,7 +62,7 @@ def test_an_unknown_part_is_refused_before_anything_is_measured():
         ["bash", str(ROOT / "scripts/benchmarks"), "--part", "layers"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "unknown part 'layers': one of first-line step layer" in done.stderr
+    assert "unknown part 'layers': one of first-line step layer metrics" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -88,3 +94,25 @@ def test_the_table_of_peers_has_what_each_reached_and_dropped():
     assert bench_layer_page.peers_table([one, other])[2] == (
         "| float32 | 8, 4, 2, 2, 1 | 2.00 [1.90, 2.10] | 0.50 [0.40, 0.60], drops 6.2% | 2.00 [1.90, 2.10] |"
     )
+
+
+def test_every_function_that_is_timed_is_found_where_the_trainer_looks_it_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_metrics, "EVERY", 2)
+    ticks = count()
+    settings = ["train.steps=6", "logging.routing_every=2", "evaluation.probe_rows=0"]
+    with bench_metrics.Timers(lambda: float(next(ticks))) as timers:
+        train(tiny_run(tmp_path, *settings), tmp_path / "run")
+    rounds = timers.shares()
+    assert len(rounds) == 2
+    # a tick a look at the clock: each call takes one, so ms are 1,000 times the calls per step; statistics: 2 layers, 1 step in 2
+    calls = {kind: milliseconds / 1000 for kind, (milliseconds, _) in rounds[0].items()}
+    assert calls == {
+        "statistics of routing": 2,
+        "sums of losses and statistics": 1,
+        "router weights": 1,
+        "lines of metrics and routing, console, alarms": 1.5,
+        "ledger, meters included": 1,
+        bench_metrics.BATCHES: 1,
+    }
+    assert Corpus.train_batch.__qualname__ == "Corpus.train_batch"
+    assert not hasattr(Corpus.train_batch, "__wrapped__")
