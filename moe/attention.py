@@ -12,6 +12,7 @@ from moe.errors import UserError
 from moe.moe_layer import Linear
 from moe.parallel.parts import part_here, used_by_heads
 from moe.parallel.ulysses import Ulysses
+from moe_cpu.attention import causal_attention, unsupported
 
 
 class RMSNorm(nn.Module):
@@ -137,11 +138,13 @@ class GroupedQuery(nn.Module):
     """Grouped-query attention with optional biases, query/key norms and sinks.
 
     With a `context` (moe/train/sharding.py sets it) x_BSD is this rank's part of the rows, and `mask` that of whole rows.
+    `compiled`: plain causal attention in float32 on a CPU is moe_cpu's.
     """
 
     def __init__(self, config: GroupedQueryAttention, model: Model):
         super().__init__()
         self.context: Ulysses | None = None
+        self.compiled = False
         D, N, M, H = model.dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.config = config
         self.query = Linear(D, N * H, bias=config.qkv_bias)
@@ -175,8 +178,11 @@ class GroupedQuery(nn.Module):
             key, value = past.extend(key, value)
         if self.context is not None:
             query, key, value = self.context.to_heads(query, key, value)
+        causal = mask is None and query.shape[2] == key.shape[2]
         if self.sink_N is not None:
             out = self._with_sinks(query, key, value, mask)
+        elif self.compiled and causal and unsupported(query, key, value) is None:
+            out = causal_attention(query, key, value, self.scale)
         else:
             groups = query.shape[1] // key.shape[1]
             if groups > 1 and (mask is not None or not query.is_cuda):
@@ -189,7 +195,7 @@ class GroupedQuery(nn.Module):
                 key,
                 value,
                 attn_mask=mask,
-                is_causal=mask is None and query.shape[2] == key.shape[2],
+                is_causal=causal,
                 scale=self.scale,
                 enable_gqa=groups > 1,
             )

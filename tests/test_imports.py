@@ -226,6 +226,7 @@ def test_every_imported_package_is_a_declared_dependency():
         ("import moe_triton.reference", ("triton", "moe")),
         ("import moe_triton.chips", ("torch", "triton", "moe")),
         ("import moe_cpu.product", ("triton", "moe")),
+        ("import moe_cpu.attention", ("triton", "moe")),
     ],
 )
 def test_an_import_leaves_what_it_does_not_need_unloaded(statement, absent):
