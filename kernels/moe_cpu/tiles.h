@@ -9,6 +9,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 enum { VL = 16, MR = 12 };
@@ -65,18 +68,66 @@ static inline void put(const tile *sum, float *out, long stride, long rows, long
         for (long j = 0; j < columns; j++) out[i * stride + j] = (add ? out[i * stride + j] : 0) + flat[i * NR + j];
 }
 
-/* panel[k][i] = source row i, element k, for i < n of `size`, zeros after; rows are `stride` apart, or at `index` times stride */
-static inline void pack_rows(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
-    for (long first = 0; first < K; first += 16) {
-        const long end = least(first + 16, K);
-        for (int i = 0; i < size; i++) {
-            if (i < n) {
-                const float *row = source + (index ? index[i] : i) * stride;
-                for (long k = first; k < end; k++) panel[k * size + i] = row[k];
-            } else {
-                for (long k = first; k < end; k++) panel[k * size + i] = 0;
-            }
+#if defined(__has_builtin) && !defined(__clang__)
+#if __has_builtin(__builtin_shuffle)
+#define HAS_SHUFFLE 1
+#endif
+#endif
+
+#ifdef HAS_SHUFFLE
+/* VL x VL elements in registers: halves, then quarters, ... change places across the diagonal */
+static inline void transpose(vec row[VL]) {
+#pragma GCC unroll 4
+    for (int half = VL / 2; half; half /= 2) {
+        ints upper, lower;
+#pragma GCC unroll 16
+        for (int j = 0; j < VL; j++) {
+            upper[j] = j & half ? VL + j - half : j;
+            lower[j] = j & half ? VL + j : j + half;
         }
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++)
+            if (!(i & half)) {
+                const vec a = row[i], b = row[i + half];
+                row[i] = __builtin_shuffle(a, b, upper);
+                row[i + half] = __builtin_shuffle(a, b, lower);
+            }
+    }
+}
+
+/* The part of pack_rows below that is whole squares; returns how many k it did. Where `size` is no multiple of VL a row of the panel is
+ * stored together with what the next row overwrites, and SLACK elements after the panel. */
+static inline long pack_squares(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+    const long whole = K / VL * VL;
+    for (long k = 0; k < whole; k += VL)
+        for (int first = 0; first < size; first += VL) {
+            vec row[VL];
+#pragma GCC unroll 16
+            for (int i = 0; i < VL; i++) {
+                const float *from = source + (index ? index[first + i < n ? first + i : 0] : first + i) * stride + k;
+                row[i] = first + i < n && first + i < size ? load(from) : (vec){0};
+                __builtin_prefetch(from + 4 * VL); /* more streams than the processor follows by itself */
+            }
+            transpose(row);
+#pragma GCC unroll 16
+            for (int i = 0; i < VL; i++) store(panel + (k + i) * size + first, row[i]);
+        }
+    return whole;
+}
+#else
+static inline long pack_squares(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+    return 0;
+}
+#endif
+enum { SLACK = VL };
+
+/* panel[k][i] = source row i, element k, for i < n of `size`, zeros after; rows are `stride` apart, or at `index` times stride. Up to SLACK
+ * elements after the panel are overwritten. */
+static inline void pack_rows(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+    const long done = pack_squares(source, stride, index, n, K, size, panel);
+    for (int i = 0; i < size; i++) {
+        const float *row = source + (i < n ? (index ? index[i] : i) * stride : 0);
+        for (long k = done; k < K; k++) panel[k * size + i] = i < n ? row[k] : 0;
     }
 }
 
@@ -95,11 +146,28 @@ static inline void pack_columns(const float *source, long stride, const int64_t 
 /* elementwise mask ? a : b, where a comparison of vectors made the mask */
 static inline vec pick(ints mask, vec a, vec b) { return (vec)((mask & (ints)a) | (~mask & (ints)b)); }
 
-/* e^x within 2 units of the last place: x = n ln 2 + r, a polynomial of degree 6 in r, and 2^n put together from its bits */
+/* The smaller and the larger of two, b where either is NaN; 1 / x for 1 <= x < 2^126, within two units of the last place */
+#if defined(__AVX512F__)
+static inline vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+static inline vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vec reciprocal(vec x) {
+    const vec y = (vec)_mm512_rcp14_ps((__m512)x);
+    return y * (2.0f - x * y);
+}
+#elif defined(__AVX2__)
+static inline vec smaller(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
+static inline vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline vec reciprocal(vec x) { return 1.0f / x; }
+#else
+static inline vec smaller(vec a, vec b) { return pick(a < b, a, b); }
+static inline vec larger(vec a, vec b) { return pick(a > b, a, b); }
+static inline vec reciprocal(vec x) { return 1.0f / x; }
+#endif
+
+/* e^x within 2 units of the last place, for x cut off at +-87: x = n ln 2 + r, a polynomial of degree 6 in r, and 2^n from its bits */
 static inline vec exponential(vec x) {
-    const vec low = (vec){0} - 87.3f, high = (vec){0} + 88.7f;
-    x = pick(x < low, low, x); /* NaN passes */
-    x = pick(x > high, high, x);
+    x = larger((vec){0} - 87.0f, x);
+    x = smaller((vec){0} + 87.0f, x);
     const vec magic = (vec){0} + 12582912.0f; /* 1.5 x 2^23: adding it rounds to an integer, which is then in the low bits */
     const vec shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
     const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -112,17 +180,19 @@ static inline vec exponential(vec x) {
     return p * (vec)(((ints)shifted << 23) + (127 << 23));
 }
 
+static inline vec sigmoid(vec x) { return reciprocal(1.0f + exponential(-x)); }
+
 static inline float total(vec value) {
     float sum = 0;
     for (int i = 0; i < VL; i++) sum += value[i];
     return sum;
 }
 
-/* scratch memory of a thread, which grows and is kept: fresh memory would cost a page fault for every 4 kB */
+/* scratch memory of a thread, with SLACK, which grows and is kept: fresh memory would cost a page fault for every 4 kB */
 static inline float *scratch(float **held, size_t *size, size_t elements) {
     if (*size < elements) {
         free(*held);
-        *held = aligned_alloc(64, (elements * sizeof(float) + 63) / 64 * 64);
+        *held = aligned_alloc(64, ((elements + SLACK) * sizeof(float) + 63) / 64 * 64);
         *size = *held ? elements : 0;
     }
     return *held;

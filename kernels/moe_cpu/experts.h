@@ -1,0 +1,96 @@
+/* The expert feed-forward network: what forward.c and backward.c share.
+ *
+ * Rows, sorted by expert, are taken in groups that fit the caches beside the packed weights of their experts: scratch memory is bounded
+ * by LIMIT whatever the number of rows and experts. A group has chunks (rows of one expert, at most CHUNK of them, of which the
+ * weights' gradients are one product), and a chunk is computed in tasks of TASK rows, which the threads share out among themselves.
+ */
+#ifndef MOE_CPU_EXPERTS_H
+#define MOE_CPU_EXPERTS_H
+#include "tiles.h"
+
+enum { CHUNK = 1024, TASK = 48, LIMIT = 1 << 21, MOST = 256 };
+
+typedef struct {
+    long D, F, E;
+    const int64_t *offsets; /* [E + 1] */
+    const int64_t *token;   /* [P] */
+    const float *weight;    /* [P] */
+    const float *x;         /* [T, D] */
+    const float *gate, *up; /* [E, D, F] */
+    const float *down;      /* [E, F, D] */
+} layer;
+
+typedef struct {
+    int slot;          /* whose packed weights */
+    long expert, start; /* first row, of all */
+    long offset, rows; /* first row within the group */
+} chunk;
+
+typedef struct {
+    int chunks, slots, tasks;
+    long start, rows;
+    chunk at[MOST];
+    long expert_of[MOST];                 /* by slot */
+    int first_of[MOST + 1];               /* a slot's chunks are first_of[slot] .. first_of[slot + 1] */
+    int first_task[MOST + 1];             /* of a chunk */
+} group;
+
+typedef struct {
+    long expert, row;
+} place;
+
+/* The next rows after `at` into `found`; 0 when there are none. `columns`: what a row needs of scratch memory. */
+static inline int next_group(const layer *of, place *at, long columns, group *found) {
+    const long weights = 3 * of->D * of->F;
+    *found = (group){.start = -1};
+    for (; at->expert < of->E; at->expert++, at->row = 0) {
+        const long first = of->offsets[at->expert], count = of->offsets[at->expert + 1] - first;
+        const long even = count ? blocks(blocks(count, blocks(count, CHUNK)), MR) * MR : 0;
+        while (at->row < count) {
+            const long rows = least(even, count - at->row);
+            const int fresh = !found->slots || found->expert_of[found->slots - 1] != at->expert;
+            if (found->chunks && (found->chunks == MOST || (found->rows + rows) * columns > LIMIT || (found->slots + fresh) * weights > LIMIT))
+                return 1;
+            if (fresh) {
+                found->first_of[found->slots] = found->chunks;
+                found->expert_of[found->slots++] = at->expert;
+            }
+            if (!found->chunks) found->start = first + at->row;
+            found->at[found->chunks] = (chunk){found->slots - 1, at->expert, first + at->row, found->rows, rows};
+            found->first_task[found->chunks++] = found->tasks;
+            found->first_of[found->slots] = found->chunks;
+            found->tasks += blocks(rows, TASK);
+            found->first_task[found->chunks] = found->tasks;
+            found->rows += rows;
+            at->row += rows;
+        }
+    }
+    return found->chunks > 0;
+}
+
+typedef struct {
+    const chunk *of;
+    long first, rows; /* within the chunk */
+} task;
+
+static inline task task_at(const group *in, int index) {
+    int c = 0;
+    while (in->first_task[c + 1] <= index) c++;
+    const long first = (index - in->first_task[c]) * TASK;
+    return (task){in->at + c, first, least(TASK, in->at[c].rows - first)};
+}
+
+/* y[token] += row, times the row's weight if there are weights, for the columns of one of `threads` threads: in the order of rows, with
+ * any number of threads */
+static inline void sum_rows(const group *in, const layer *of, const float *rows, const float *weight, float *y, int thread, int threads) {
+    const long share = blocks(blocks(of->D, VL), threads) * VL, first = thread * share, last = least(of->D, first + share);
+    for (long p = 0; p < in->rows; p++) {
+        const float scale = weight ? weight[in->start + p] : 1;
+        const float *row = rows + p * of->D;
+        float *sum = y + of->token[in->start + p] * of->D;
+        long j = first;
+        for (; j + VL <= last; j += VL) store(sum + j, load(sum + j) + scale * load(row + j));
+        for (; j < last; j++) sum[j] += scale * row[j];
+    }
+}
+#endif
