@@ -10,11 +10,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe.attention import GroupedQuery, KeyValue, Latent, RMSNorm, RotaryEmbedding, attention_mask
+from moe.backend import compiled
 from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer, layer_experts
 from moe.init import initialise, off_meta
 from moe.lora import adapt
 from moe.loss import IGNORE, Soft, chunked_cross_entropy
-from moe.moe_layer import Linear, MoELayer, SwiGLU
+from moe.moe_layer import Linear, MoELayer, SwiGLU, multiply
 from moe.parallel.exchange import EXCHANGE_COUNTS
 from moe.parallel.ulysses import Ulysses
 from moe.routing import Counts, Routing, Selection, Tokens
@@ -130,6 +131,10 @@ class Transformer(nn.Module):
             self.layers.add_module(str(layer), Block(config, layer, seed, residual_scale))
         self.norm = RMSNorm(config.dim, config.norm_eps) if last else None
         self.head = Linear(config.dim, config.vocab_size, bias=False) if last and not config.tied_head else None
+        self.compiled = compiled(config.backend)
+        for module in self.modules():
+            if isinstance(module, Linear | GroupedQuery):
+                module.compiled = self.compiled
         initialise(self, seed=seed, std=config.init_std, residual_scale=residual_scale, skip=".moe.")
         if config.lora is not None:
             adapt(self, config.lora, seed=seed, std=config.init_std)
@@ -215,7 +220,7 @@ class Transformer(nn.Module):
         return cross_entropy(self._logits(x_TD), targets_T, ignore_index=IGNORE, reduction="sum")
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
-        logits = nn.functional.linear(x_BSD, self._head_weight.to(x_BSD.dtype))
+        logits = multiply(x_BSD, self._head_weight.to(x_BSD.dtype), compiled=self.compiled)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _residual_scale(self) -> float:

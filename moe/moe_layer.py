@@ -13,18 +13,41 @@ from moe.experts.activation import Activation
 from moe.experts.means import output_sums
 from moe.init import initialise, off_meta
 from moe.routing import Counts, Routing, Selection, Tokens
+from moe_cpu.product import linear
+
+MIN_ROWS = 64
+"""Of fewer rows a compiled product spends its time packing the weight: generation stays with torch's."""
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, compiled: bool) -> Tensor:
+    """x @ weightᵀ + bias [..., N] of x [..., D] and weight [N, D], by moe_cpu's kernels if `compiled` and they apply."""
+    if (
+        compiled
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not hasattr(weight, "to_local")
+    ):
+        rows = x.flatten(0, -2)
+        if rows.shape[0] >= MIN_ROWS:
+            y = linear(rows, weight).unflatten(0, x.shape[:-1])
+            return y if bias is None else y + bias
+    return nn.functional.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """A linear map whose float32 parameters are cast to the input's type at use. `lora`: what is added (moe/lora.py sets it)."""
+    """A linear map whose float32 parameters are cast to the input's type at use.
+
+    `lora`: what is added (moe/lora.py sets it). `compiled`: by moe_cpu's kernels (the model sets it).
+    """
 
     def __init__(self, inner: int, outer: int, *, bias: bool):
         super().__init__(inner, outer, bias=bias)
         self.lora: nn.Module | None = None
+        self.compiled = False
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        y = multiply(x, self.weight.to(x.dtype), bias, compiled=self.compiled)
         return y if self.lora is None else y + self.lora(x)
 
 

@@ -423,6 +423,7 @@ EFFECTS: dict[str, Effect] = {
     "model.lora.targets": Effect(adapted, ["attention", "experts"], ["experts"], LORA),
     "model.moe.latent_dim": Effect(parameters, 0, 4),
     "model.moe.backend": Effect(calls, "reference", "torch"),
+    "model.backend": Effect(calls, "torch", "cpu"),
     "model.moe.precision": Effect(losses, "native", "fp8_row", ("model.moe.backend=reference",)),
     "model.moe.first_dense": Effect(parameters, 0, 1),
     "model.moe.num_experts_per_layer": Effect(parameters, [], [4, 3]),

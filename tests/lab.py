@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moe import parallel
+from moe import moe_layer, parallel
 from moe.config.layout import Layout, resolve
 from moe.config.load import load
 from moe.config.schema import Run
@@ -121,6 +121,7 @@ def watching(calls: Counter[str], kept: list[int]) -> Iterator[None]:
         stack.enter_context(patch.object(Transformer, "forward", counted("forward", Transformer.forward)))
         backends = {name: counted(f"backend {name}", function) for name, function in BACKENDS.items()}
         stack.enter_context(patch.dict(BACKENDS, backends))
+        stack.enter_context(patch("moe.moe_layer.linear", counted("compiled product", moe_layer.linear)))
         stack.enter_context(patch.object(DefaultStager, "stage", counted("copy to save", DefaultStager.stage)))
         stack.enter_context(patch("torch.compile", counted("compile", lambda model, **_: model)))
         stack.enter_context(patch.dict(sys.modules, {"wandb": SimpleNamespace(init=wandb_init)}))  # type: ignore[dict-item]

@@ -285,7 +285,7 @@ def test_measured_flops_are_those_that_torch_counts_for_the_rows_of_each_expert(
 
 def test_the_twin_has_equal_flops_as_torch_counts_them():
     """Every token meets every expert, so what is expected is what happens: 56 units of width and a router of 4/3."""
-    run = load(tiny_model_of((8, 16, 8, 24), top_k=4), ["model.vocab_size=1000"])
+    run = load(tiny_model_of((8, 16, 8, 24), top_k=4), ["model.vocab_size=1000", "model.backend=torch"])
     twin = dense_twin(run)
 
     def counted(model) -> int:

@@ -36,6 +36,7 @@ LAYERS = (
     ("moe.balance", "moe.init"),
     ("moe.random",),
     ("moe.routing",),
+    ("moe.backend",),
     ("moe.cost",),
     ("moe.config",),
     ("moe.files",),

@@ -178,8 +178,9 @@ class MoE:
     """Width that routed experts work in, between two matrices that they share (LatentMoE, arXiv 2601.18089); 0: dim."""
     router: Annotated[RouterConfig, WithJsonSchema({"type": "object"})]
     """Who goes where; see `moe/routers`."""
-    backend: Literal["auto", "reference", "torch", "triton", "block_sparse"] = "auto"
-    """What computes the experts; `auto` is resolved once at the start, printed and recorded."""
+    backend: Literal["auto", "reference", "torch", "cpu", "triton", "block_sparse"] = "auto"
+    """What computes the experts; `auto` (`cpu` where there is a C compiler and no GPU, otherwise `torch`) is resolved once at the
+    start, printed and recorded. `cpu`: kernels compiled for this processor, float32; what they have not is torch's."""
     precision: Literal["native", "fp8_row", "fp8_block"] = "native"
     """Operands of the experts' products and of those for their inputs' gradient: the model's own type, or e4m3 with a scale
     per row or per block (`triton`; `reference` rounds the same way and multiplies in float32). Weights' gradients: native."""
@@ -213,6 +214,9 @@ class Model:
     """Expert layers, or none for a dense model."""
     lora: Lora | None = None
     """Adapters on a base that is frozen, as `moe lora` sets them; none trains every weight."""
+    backend: Literal["auto", "torch", "cpu"] = "auto"
+    """What computes attention, dense layers and the head: torch's operators, or `cpu`, kernels compiled for this processor
+    (float32; what they have not is torch's). `auto`: `cpu` where there is a C compiler and no GPU. Experts: moe.backend."""
     norm_eps: PositiveFloat = 1e-6
     """Added to the mean square inside every RMSNorm."""
     tied_head: bool = False

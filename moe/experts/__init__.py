@@ -15,11 +15,13 @@ rows from Σ widths[:e] to Σ widths[:e+1], so that a slice of rows is an expert
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe.backend import compiled
 from moe.config.check import biased_experts, low_precision, unequal_widths
 from moe.errors import BackendError
 from moe.experts import block_sparse_backend, reference, torch_backend, triton_backend
@@ -39,6 +41,7 @@ needs blocks."""
 BACKENDS: dict[str, Backend] = {
     "reference": reference.expert_ffn,
     "torch": torch_backend.expert_ffn,
+    "cpu": partial(torch_backend.expert_ffn, compiled=True),
     "triton": triton_backend.expert_ffn,
     "block_sparse": block_sparse_backend.expert_ffn,
 }
@@ -47,12 +50,13 @@ BACKENDS: dict[str, Backend] = {
 def resolve_backend(name: str) -> str:
     """The backend that `name` means on this machine; raises BackendError for one that cannot run."""
     if name == "auto":
-        return "torch"
+        return "cpu" if compiled(name) else "torch"
     if name not in BACKENDS:
         known = ", ".join(f"'{known}'" for known in BACKENDS)
         raise BackendError(f"expert backend '{name}' is not available in this version: use one of {known}, or 'auto'")
     if name in ("triton", "block_sparse"):
         triton_backend.require(name)
+    compiled(name)
     return name
 
 

@@ -6,7 +6,8 @@ gradient of a row's weight is <dO·W_downᵀ, a>, which needs no expert output. 
 it also traces under torch.compile(fullgraph=True), whatever the row counts. Experts of different widths keep as much
 memory as if all were of the widest: how many rows meet which is known only once they have been routed.
 
-Each expert has its own products; the passes around them are over a block of experts (moe/experts/row_blocks.py).
+With `compiled` both directions are moe_cpu's kernels, which keep the same. Otherwise each expert has its own products; the
+passes around them are over a block of experts (moe/experts/row_blocks.py).
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from moe.experts.activation import Activation, activate, gate_values, input_gradients, multiplied
 from moe.experts.row_blocks import Block, Scratch, TokenSums, blocks_of, clear, multiply, sum_over_rows
 from moe.routing import Dispatch
+from moe_cpu import experts as cpu_experts
 from moe_triton.block_sparse import PackedExperts
 
 _Matrices = list[tuple[Tensor, Tensor, Tensor]]
@@ -31,10 +33,13 @@ def expert_ffn(
     packed: PackedExperts | None = None,
     activation: Activation | None = None,
     biases: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """Apply the experts and sum their weighted outputs per token: y_TD, of x_TD's type. Weights stacked or packed.
 
-    Biases [E, F], [E, F] and [E, D], of stacked weights only.
+    Biases [E, F], [E, F] and [E, D], of stacked weights only. `compiled`: by moe_cpu's kernels where they have it: SwiGLU without
+    biases in float32 on a CPU, stacked weights, weighted outputs.
     """
     weights = (w_gate, w_up, w_down)
     learned = (x_TD, dispatch.weight_P, *weights, *(biases or ()))
@@ -47,7 +52,11 @@ def expert_ffn(
         assert packed is not None, "packed weights need their widths"
         widths = list(packed.widths)
     kind = activation or Activation()
-    return _forward(x_TD, *weights, *(biases or (None, None, None)), *rows, widths, on_input, keep, *kind)[0]
+    simple = kind.name == "swiglu" and biases is None and w_up.ndim == 3 and not on_input
+    native = (
+        compiled and simple and x_TD.device.type == "cpu" and all(t.dtype == torch.float32 for t in (x_TD, *weights))
+    )
+    return _forward(x_TD, *weights, *(biases or (None, None, None)), *rows, widths, on_input, keep, *kind, native)[0]
 
 
 def _matrices(w_gate: Tensor, w_up: Tensor, w_down: Tensor, widths: Sequence[int]) -> _Matrices:
@@ -76,7 +85,10 @@ def _forward(
     activation: str,
     alpha: float,
     limit: float,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if native:
+        return cpu_experts.forward(x_TD, w_gate, w_up, w_down, token_P, weight_P, offsets_E1, keep)
     blocks, kind = blocks_of(x_TD, offsets_E1, widths), Activation(activation, alpha, limit)
     matrices, scratch = _matrices(w_gate, w_up, w_down, widths), Scratch(x_TD, blocks)
     sums = TokenSums(x_TD, token_P, blocks, scratch)
@@ -168,7 +180,21 @@ def _backward(
     activation: str,
     alpha: float,
     limit: float,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if native:
+        kept = (token_P, weight_P, offsets_E1, gate_PF, up_PF)
+        *found, dweight_P = cpu_experts.backward(dy_TD, x_TD, w_gate, w_up, w_down, *kept)
+        return (
+            found[0],
+            found[1],
+            found[2],
+            found[3],
+            x_TD.new_empty(0),
+            x_TD.new_empty(0),
+            x_TD.new_empty(0),
+            dweight_P,
+        )
     dweight_P = torch.zeros_like(weight_P)
     blocks, kind = blocks_of(x_TD, offsets_E1, widths), Activation(activation, alpha, limit)
     # an operator cannot give None
@@ -223,20 +249,20 @@ def _(dy_TD, x_TD, gate_PF, up_PF, w_gate, w_up, w_down, b_gate, b_up, b_down, t
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.widths, ctx.on_input, _, activation, alpha, limit = inputs
-    ctx.activation = (activation, alpha, limit)
+    *tensors, ctx.widths, ctx.on_input, _, activation, alpha, limit, native = inputs
+    ctx.how = (activation, alpha, limit, native)
     ctx.set_materialize_grads(False)  # the kept pre-activations have no gradient: zeros of their size must not be made
     ctx.save_for_backward(*tensors, output[1], output[2])
 
 
 def _autograd(ctx, dy_TD, _dgate, _dup):
     if dy_TD is None:
-        return (None,) * 16
+        return (None,) * 17
     *inputs, gate_PF, up_PF = ctx.saved_tensors
     x_TD, *others = inputs
-    found = _backward(dy_TD.contiguous(), x_TD, gate_PF, up_PF, *others, ctx.widths, ctx.on_input, *ctx.activation)
+    found = _backward(dy_TD.contiguous(), x_TD, gate_PF, up_PF, *others, ctx.widths, ctx.on_input, *ctx.how)
     *gradients, dweight = (None if t is None else g for t, g in zip((*inputs[:7], inputs[8]), found, strict=True))
-    return *gradients, None, dweight, *[None] * 7
+    return *gradients, None, dweight, *[None] * 8
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -49,6 +49,15 @@ def counter(run: Run) -> Any:
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
     }
+    cpu = torch.ops.moe_cpu
+    mapping |= {
+        cpu.linear: lambda x, weight, *_, **__: 2 * x[0] * x[1] * weight[0],
+        cpu.linear_backward: lambda dy, x, weight, of_x, of_weight, **__: (
+            2 * x[0] * x[1] * weight[0] * (of_x + of_weight)
+        ),
+        cpu.causal_attention: attention,
+        cpu.causal_attention_backward: attention_backward,
+    }
     for space, name, products in _EXPERTS:
         operator = getattr(getattr(torch.ops, space), name, None)  # only what this process has imported
         if operator is not None:
