@@ -6,34 +6,55 @@
  */
 #include "attention.h"
 
-enum { CHUNK = 512, LINE = CHUNK + VL };
+/* a line of scores is not a power of two apart from the next; a tile's rows have whole vectors of their figures, ROWS wide */
+enum { CHUNK = 512, LINE = CHUNK + VL, ROWS = (MR + VL - 1) / VL * VL, FIGURES = BLOCK / MR * ROWS };
 
 typedef struct {
-    float *keys, *values;                 /* packed: of a whole head */
-    float *queries, *scores, *sum, *lines; /* packed rows of a block; a tile's scores; a block's sums of values, then its maxima and totals */
+    float *keys, *values;           /* packed: of a whole head */
+    float *queries, *scores, *sum;  /* packed rows of a block; scores of a tile; a block's weighted sums of values */
+    float *top, *weight;            /* of a block's rows: largest score so far, and sum of e^(score - top) */
 } space;
 
+typedef struct {
+    sizes z;
+    float scale;
+    strided q, k, v, out;
+    float *lse;
+} job;
+
+/* a block of rows: of batch b, key head m, query head n, from `first` on */
+typedef struct {
+    long b, m, n, first;
+} place;
+
+/* blocks are counted by key head, query head, and from the last, which is the longest, to the first */
+static place place_of(sizes z, long item) {
+    const long row_blocks = blocks(z.S, BLOCK), n = item / row_blocks % z.N;
+    return (place){item / row_blocks / z.N, n * z.M / z.N, n, (row_blocks - 1 - item % row_blocks) * BLOCK};
+}
+
 static size_t packed_size(sizes z) { return (size_t)round_up(z.S, BLOCK) * (z.D + round_up(z.V, VL)); }
-static size_t own_size(sizes z) { return (size_t)BLOCK * (z.D + round_up(z.V, VL) + 2) + MR * LINE + VL; }
+static size_t own_size(sizes z) { return (size_t)BLOCK * (z.D + round_up(z.V, VL)) + 2 * FIGURES + MR * LINE + VL; }
 
 static void divide(space *space, sizes z, float *packed, float *own) {
     space->keys = packed;
     space->values = packed + round_up(z.S, BLOCK) * z.D;
     space->scores = own;
     space->sum = space->scores + MR * LINE;
-    space->lines = space->sum + BLOCK * round_up(z.V, VL);
-    space->queries = space->lines + 2 * BLOCK;
+    space->top = space->sum + BLOCK * round_up(z.V, VL);
+    space->weight = space->top + FIGURES;
+    space->queries = space->weight + FIGURES;
 }
 
-static void pack_head(space space, sizes z, strided k, strided v, long b, long m) {
-    pack_turned(head_of(k, b, m), k.row, z.S, z.D, NR, 1, space.keys);
-    pack_panels(head_of(v, b, m), v.row, z.S, round_up(z.S, BLOCK), z.V, 1, space.values);
+static void pack_head(space space, const job *x, long head) {
+    const sizes z = x->z;
+    pack_turned(head_of(x->k, head / z.M, head % z.M), x->k.row, z.S, z.D, NR, 1, space.keys);
+    pack_panels(head_of(x->v, head / z.M, head % z.M), x->v.row, z.S, round_up(z.S, BLOCK), z.V, 1, space.values);
 }
 
 /* scores of rows [row, row + MR) against keys [first, first + n), and their largest, in a vector for each row */
 static void score(space space, long D, const float *queries, long row, long first, long n, vec *largest) {
-    const ints lane = lanes();
-    for (int i = 0; i < MR; i++) largest[i] = both(-INFINITY);
+    for (int i = 0; i < ROWS; i++) largest[i] = both(-INFINITY);
     for (long j = 0; j < n; j += NR) {
         const tile t = multiply_strided(D, queries, 1, MR, space.keys + (first + j) * D, 2);
         const int whole = first + j + NR <= row + 1;
@@ -42,15 +63,15 @@ static void score(space space, long D, const float *queries, long row, long firs
             const int seen = row + i + 1 - first - j; /* keys of this tile that the row sees */
             store(space.scores + i * LINE + j, t.at[i][0]);
             store(space.scores + i * LINE + j + VL, t.at[i][1]);
-            const vec left = whole ? t.at[i][0] : pick(lane < seen, t.at[i][0], both(-INFINITY));
-            const vec right = whole ? t.at[i][1] : pick(lane + VL < seen, t.at[i][1], both(-INFINITY));
+            const vec left = whole ? t.at[i][0] : pick(lanes < seen, t.at[i][0], both(-INFINITY));
+            const vec right = whole ? t.at[i][1] : pick(lanes + VL < seen, t.at[i][1], both(-INFINITY));
             largest[i] = greater(greater(left, right), largest[i]);
         }
     }
 }
 
-/* scores of a row become e^(score - top), zeros from `seen` to n; returns their sum */
-static float weigh(float *scores, float top, long seen, long n) {
+/* scores of a row become e^(score - top), zeros from `seen` to n; returns parts of their sum */
+static inline vec weigh(float *scores, float top, long seen, long n) {
     vec sum = {0};
     long j = 0;
     for (; j + VL <= seen; j += VL) {
@@ -60,11 +81,33 @@ static float weigh(float *scores, float top, long seen, long n) {
     }
     for (; j < n; j += VL) {
         vec p = {0};
-        if (j < seen) p = pick(lanes() < (int)(seen - j), exponential(*(vec *)(scores + j) - top), p);
+        if (j < seen) p = pick(lanes < (int)(seen - j), exponential(*(vec *)(scores + j) - top), p);
         *(vec *)(scores + j) = p;
         sum += p;
     }
-    return total(sum);
+    return sum;
+}
+
+/* scores of a tile become weights against the largest so far; `fade` is what earlier sums are multiplied by */
+static void soften(space space, long at, long seen, long first, long n, vec *figures, float *fade) {
+    float *top = space.top + at / MR * ROWS, *weight = space.weight + at / MR * ROWS;
+#pragma GCC unroll 2
+    for (int i = 0; i < ROWS; i += VL) {
+        transpose(figures + i);
+        vec most = figures[i];
+        for (int j = 1; j < VL; j++) most = greater(most, figures[i + j]);
+        if (first) most = greater(most, *(vec *)(top + i));
+        store(fade + i, first ? exponential(*(vec *)(top + i) - most) : (vec){0});
+        *(vec *)(top + i) = most;
+    }
+    for (int i = 0; i < MR; i++) figures[i] = weigh(space.scores + i * LINE, top[i], least(n, seen + i), n);
+#pragma GCC unroll 2
+    for (int i = 0; i < ROWS; i += VL) {
+        transpose(figures + i);
+        vec sum = figures[i];
+        for (int j = 1; j < VL; j++) sum += figures[i + j];
+        *(vec *)(weight + i) = first ? *(vec *)(weight + i) * load(fade + i) + sum : sum;
+    }
 }
 
 INLINE void add_values(space space, sizes z, const float *values, long n, float *sum, const float *fade, int width) {
@@ -79,18 +122,11 @@ INLINE void add_values(space space, sizes z, const float *values, long n, float 
 
 /* rows [row, row + MR), the ones from `at` on in the block, against a chunk of keys */
 static void attend_rows(space space, sizes z, long row, long at, long first) {
-    float *top = space.lines + at, *sums = top + BLOCK, fade[MR], *sum = space.sum + at * round_up(z.V, VL);
-    vec largest[MR];
+    float fade[ROWS], *sum = space.sum + at * round_up(z.V, VL);
+    vec figures[ROWS];
     const long n = least(CHUNK, row + MR - first);
-    score(space, z.D, space.queries + at * z.D, row, first, n, largest);
-    for (int i = 0; i < MR; i++) {
-        float most = first ? top[i] : -INFINITY;
-        for (int j = 0; j < VL; j++) most = largest[i][j] > most ? largest[i][j] : most;
-        const float added = weigh(space.scores + i * LINE, most, least(n, row + i + 1 - first), n);
-        fade[i] = first ? expf(top[i] - most) : 0;
-        sums[i] = first ? sums[i] * fade[i] + added : added;
-        top[i] = most;
-    }
+    score(space, z.D, space.queries + at * z.D, row, first, n, figures);
+    soften(space, at, row + 1 - first, first, n, figures, fade);
     const float *values = space.values;
     for (long j = 0; j < z.V; j += NR, values += round_up(z.S, BLOCK) * NR) {
         if (z.V - j > VL)
@@ -100,17 +136,29 @@ static void attend_rows(space space, sizes z, long row, long at, long first) {
     }
 }
 
-static void attend_block(space space, sizes z, float scale, strided q, strided out, float *lse, long b, long n, long first) {
-    const long rows = least(BLOCK, z.S - first), stride = round_up(z.V, VL);
-    pack_turned(head_of(q, b, n) + first * q.row, q.row, rows, z.D, MR, scale, space.queries);
-    for (long key = 0; key < first + rows; key += CHUNK)
-        for (long i = 0; i < rows; i += MR)
-            if (key < first + i + MR) attend_rows(space, z, first + i, i, key);
+/* one block; meanwhile queries of the next are fetched, and keys and values of the key head `ahead`, where there is one */
+static void attend_block(space space, const job *x, place at, place next, long ahead) {
+    const sizes z = x->z;
+    const long rows = least(BLOCK, z.S - at.first), stride = round_up(z.V, VL);
+    pack_turned(head_of(x->q, at.b, at.n) + at.first * x->q.row, x->q.row, rows, z.D, MR, x->scale, space.queries);
+    for (long key = 0; key < at.first + rows; key += CHUNK)
+        for (long i = 0; i < rows; i += MR) {
+            if (key == 0) {
+                if (next.b < z.B) fetch(x->q, z.S, z.D, next.b, next.n, next.first + i);
+                if (ahead < z.B * z.M) {
+                    fetch(x->k, z.S, z.D, ahead / z.M, ahead % z.M, at.first + i);
+                    fetch(x->v, z.S, z.V, ahead / z.M, ahead % z.M, at.first + i);
+                }
+                fetch(x->out, z.S, z.V, at.b, at.n, at.first + i);
+            }
+            if (key < at.first + i + MR) attend_rows(space, z, at.first + i, i, key);
+        }
     for (long i = 0; i < rows; i++) {
-        const float sum = space.lines[BLOCK + i], *from = space.sum + i * stride;
-        float *to = head_of(out, b, n) + (first + i) * out.row;
-        for (long j = 0; j < z.V; j++) to[j] = from[j] / sum;
-        lse[(b * z.N + n) * z.S + first + i] = space.lines[i] + logf(sum);
+        const long figure = i / MR * ROWS + i % MR;
+        const float share = 1 / space.weight[figure], *from = space.sum + i * stride;
+        float *to = head_of(x->out, at.b, at.n) + (at.first + i) * x->out.row;
+        for (long j = 0; j < z.V; j++) to[j] = from[j] * share;
+        x->lse[(at.b * z.N + at.n) * z.S + at.first + i] = space.top[figure] + logf(space.weight[figure]);
     }
 }
 
@@ -120,8 +168,11 @@ int moe_cpu_attention(const sizes *given, float scale, const strided *q, const s
     static __thread float *all = NULL, *own = NULL;
     static __thread size_t all_size = 0, own_held = 0;
     const sizes z = *given;
-    const long heads = z.B * z.M, group = z.M ? z.N / z.M : 0, row_blocks = blocks(z.S, BLOCK);
+    const job x = {z, scale, *q, *k, *v, *out, lse};
+    const long heads = z.B * z.M;
+    if (!heads || !z.N || !z.S) return 0;
     const int whole = heads >= 2 * threads;
+    const long all_items = z.B * z.N * blocks(z.S, BLOCK), each = whole ? all_items / heads : 1;
     const size_t packed = packed_size(z);
     float *shared = whole ? NULL : scratch(&all, &all_size, packed * heads);
     if (!whole && !shared) return 1;
@@ -136,20 +187,21 @@ int moe_cpu_attention(const sizes *given, float scale, const strided *q, const s
             for (long head = 0; head < heads; head++) {
                 if (failed) continue;
                 divide(&space, z, shared + head * packed, mine);
-                pack_head(space, z, *k, *v, head / z.M, head % z.M);
+                pack_head(space, &x, head);
             }
         }
-        const long each = whole ? group * row_blocks : 1, tasks = heads * group * row_blocks / (each ? each : 1);
 #pragma omp for schedule(dynamic)
-        for (long task = 0; task < tasks; task++) {
+        for (long task = 0; task < all_items / each; task++) {
             if (failed) continue;
-            const long head = task * each / (group * row_blocks);
+            const place first = place_of(z, task * each);
+            const long head = first.b * z.M + first.m;
             divide(&space, z, whole ? mine + round_up(own_size(z), VL) : shared + head * packed, mine);
-            if (whole) pack_head(space, z, *k, *v, head / z.M, head % z.M);
+            if (whole) pack_head(space, &x, head);
             for (long i = task * each; i < (task + 1) * each; i++) {
-                const long n = head % z.M * group + i / row_blocks % group;
-                /* the last blocks are the longest: they are begun with */
-                attend_block(space, z, scale, *q, *out, lse, head / z.M, n, (row_blocks - 1 - i % row_blocks) * BLOCK);
+                /* what comes next for this thread, if threads take turns */
+                const long next = i + 1 < (task + 1) * each ? i + 1 : (task + threads) * each;
+                const int last = whole && i >= (task + 1) * each - blocks(z.S, BLOCK);
+                attend_block(space, &x, place_of(z, i), place_of(z, next), last ? head + threads : heads);
             }
         }
     }

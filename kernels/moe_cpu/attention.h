@@ -28,11 +28,20 @@ static inline long round_up(long count, long size) { return blocks(count, size) 
 static inline vec both(float value) { return (vec){0} + value; }
 static inline vec greater(vec a, vec b) { return pick(a > b, a, b); }
 
-/* positions of a vector's elements */
-static inline ints lanes(void) {
-    ints at;
-    for (int i = 0; i < VL; i++) at[i] = i;
-    return at;
+/* positions of a vector's elements; written out, so that what is computed of them is known when compiling */
+#if defined(__AVX512F__)
+static const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+static const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+static const ints lanes = {0, 1, 2, 3};
+#endif
+
+/* ask for rows [first, first + MR) of a head, to be read or written soon: strided rows are what processors do not foresee */
+static inline void fetch(strided x, long S, long columns, long b, long n, long first) {
+    const char *row = (const char *)(head_of(x, b, n) + first * x.row);
+    for (long s = first; s < least(first + MR, S); s++, row += x.row * sizeof(float))
+        for (long byte = 0; byte < columns * (long)sizeof(float); byte += 64) __builtin_prefetch(row + byte, 0, 2);
 }
 
 /* sum over k < K of a(i, k) x b[k][0 .. width vectors], where a(i, k) = a[i * row + k * step] */
@@ -71,12 +80,51 @@ static inline void pack_panels(const float *source, long stride, long rows, long
     }
 }
 
-/* panels[row / size][k][row % size] = factor x source, of `rows` rows, then zeros up to a multiple of `size` */
+#ifdef __clang__
+/* clang shuffles vectors only by indices that are written out */
+INLINE void transpose(vec *rows) {
+    float flat[VL][VL];
+    for (int i = 0; i < VL; i++)
+        for (int j = 0; j < VL; j++) flat[j][i] = rows[i][j];
+    for (int i = 0; i < VL; i++) rows[i] = load(flat[i]);
+}
+#else
+/* columns `apart` from one another change places between rows as far apart */
+INLINE void exchange(vec *rows, int apart) {
+    const ints low = lanes + (((lanes & apart) != 0) & (VL - apart)), high = low + apart;
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) {
+        if (i & apart) continue;
+        const vec upper = rows[i], lower = rows[i + apart];
+        rows[i] = __builtin_shuffle(upper, lower, low);
+        rows[i + apart] = __builtin_shuffle(upper, lower, high);
+    }
+}
+
+/* rows[i][j] and rows[j][i] of VL vectors change places */
+INLINE void transpose(vec *rows) {
+#pragma GCC unroll 4
+    for (int apart = 1; apart < VL; apart *= 2) exchange(rows, apart);
+}
+#endif
+
+/* panels[row / size][k][row % size] = factor x source, of `rows` rows, then zeros up to a multiple of `size`; VL elements more are touched */
 INLINE void pack_turned(const float *source, long stride, long rows, long K, int size, float factor, float *panels) {
-    for (long first = 0; first < rows; first += size, panels += size * K) {
-        pack_rows(source + first * stride, stride, NULL, least(size, rows - first), K, size, panels);
-        if (factor != 1)
-            for (long k = 0; k < size * K; k++) panels[k] *= factor;
+    for (long first = 0; first < rows; first += size, panels += size * K, source += size * stride) {
+        const long n = least(size, rows - first), whole = K / VL * VL;
+        for (long i = size; i < least(2 * size, rows - first); i++)
+            for (long k = 0; k < K; k += 16) __builtin_prefetch(source + i * stride + k);
+        for (long k = 0; k < whole; k += VL)
+            for (long i = 0; i < size; i += VL) {
+                vec block[VL];
+#pragma GCC unroll 16
+                for (int j = 0; j < VL; j++) block[j] = i + j < n ? load(source + (i + j) * stride + k) * factor : (vec){0};
+                transpose(block);
+#pragma GCC unroll 16
+                for (int j = 0; j < VL; j++) store(panels + (k + j) * size + i, block[j]);
+            }
+        for (long k = whole; k < K; k++)
+            for (long i = 0; i < size; i++) panels[k * size + i] = i < n ? source[i * stride + k] * factor : 0;
     }
 }
 

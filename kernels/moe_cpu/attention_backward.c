@@ -30,14 +30,13 @@ static size_t divide(space *space, sizes z, float *from) {
 
 /* p and ds of a row tile and NR keys from `first` on, of which row i sees `seen` + i */
 INLINE void weigh(space space, sizes z, long row, long first, long column, int seen) {
-    const ints lane = lanes();
     float *weights = space.weights + row * BLOCK + column, *slopes = space.slopes + row * BLOCK + column;
     const tile scores = multiply_strided(z.D, space.queries_turned + row * z.D, 1, MR, space.keys_turned + first * z.D, 2);
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
             const vec p = exponential(scores.at[i][j] - space.lse[row + i]);
-            *(vec *)(weights + i * BLOCK + j * VL) = pick(lane + j * VL < seen + i, p, (vec){0});
+            *(vec *)(weights + i * BLOCK + j * VL) = pick(lanes + j * VL < seen + i, p, (vec){0});
         }
     const tile grads = multiply_strided(z.V, space.grads_turned + row * z.V, 1, MR, space.values_turned + first * z.V, 2);
 #pragma GCC unroll 16
@@ -61,11 +60,35 @@ INLINE void add_product(long K, const float *a, long row, long step, const float
     }
 }
 
-/* a block of rows against a block of keys from `first` on */
-static void block_pair(space space, sizes z, long rows, long first, int diagonal) {
+typedef struct {
+    strided q, k, v, out, grad, dq, dk, dv;
+} tensors;
+
+/* what comes next: rows of a query head from `first` on, and those of a key head from `key` on; of no batch where there is nothing */
+typedef struct {
+    long b, n, first, key_b, m, key;
+} place;
+
+/* a row tile of what comes next */
+static void fetch_next(sizes z, const tensors *x, place at, long i) {
+    if (at.b < z.B) {
+        fetch(x->q, z.S, z.D, at.b, at.n, at.first + i);
+        fetch(x->grad, z.S, z.V, at.b, at.n, at.first + i);
+        fetch(x->out, z.S, z.V, at.b, at.n, at.first + i);
+    }
+    if (at.key_b < z.B) {
+        fetch(x->k, z.S, z.D, at.key_b, at.m, at.key + i);
+        fetch(x->v, z.S, z.V, at.key_b, at.m, at.key + i);
+    }
+}
+
+/* a block of rows against a block of keys from `first` on; what comes next is fetched meanwhile, during the diagonal pair, the last */
+static void block_pair(space space, sizes z, const tensors *x, long rows, long first, int diagonal, place next) {
     const long D = round_up(z.D, VL), V = round_up(z.V, VL), S = round_up(z.S, BLOCK), keys = least(BLOCK, z.S - first);
-    for (long i = 0; i < rows; i += MR)
+    for (long i = 0; i < rows; i += MR) {
+        if (diagonal) fetch_next(z, x, next, i);
         for (long j = 0; j < (diagonal ? i + MR : keys); j += NR) weigh(space, z, i, first + j, j, diagonal ? i + 1 - j : BLOCK);
+    }
     for (long j = 0; j < keys; j += MR) {
         const long skip = diagonal ? j : 0;
         add_product(rows - skip, space.weights + skip * BLOCK + j, 1, BLOCK, space.grads, BLOCK, skip, space.dv + (first + j) * V, z.V);
@@ -75,11 +98,16 @@ static void block_pair(space space, sizes z, long rows, long first, int diagonal
         add_product(diagonal ? least(keys, i + MR) : keys, space.slopes + i * BLOCK, BLOCK, 1, space.keys, S, first, space.dq + i * D, z.D);
 }
 
-typedef struct {
-    strided q, k, v, out, grad, dq, dk, dv;
-} tensors;
+static inline float inner(const float *a, const float *b, long n) {
+    vec sum = {0};
+    long j = 0;
+    for (; j + VL <= n; j += VL) sum += load(a + j) * load(b + j);
+    float rest = 0;
+    for (; j < n; j++) rest += a[j] * b[j];
+    return total(sum) + rest;
+}
 
-static void block_of_rows(space space, sizes z, float scale, const tensors *x, const float *lse, long b, long n, long first) {
+static void block_of_rows(space space, sizes z, float scale, const tensors *x, const float *lse, long b, long n, long first, place next) {
     const long rows = least(BLOCK, z.S - first), D = round_up(z.D, VL);
     const float *q = head_of(x->q, b, n) + first * x->q.row, *grad = head_of(x->grad, b, n) + first * x->grad.row;
     pack_turned(q, x->q.row, rows, z.D, MR, scale, space.queries_turned);
@@ -88,27 +116,30 @@ static void block_of_rows(space space, sizes z, float scale, const tensors *x, c
     pack_panels(grad, x->grad.row, rows, BLOCK, z.V, 1, space.grads);
     for (long i = 0; i < BLOCK; i++) {
         const float *out = head_of(x->out, b, n) + (first + i) * x->out.row;
-        float delta = 0;
-        for (long j = 0; j < z.V && i < rows; j++) delta += grad[i * x->grad.row + j] * out[j];
-        space.delta[i] = delta;
+        space.delta[i] = i < rows ? inner(grad + i * x->grad.row, out, z.V) : 0;
         space.lse[i] = i < rows ? lse[(b * z.N + n) * z.S + first + i] : 0;
     }
     memset(space.dq, 0, sizeof(float) * BLOCK * D);
-    for (long key = 0; key <= first; key += BLOCK) block_pair(space, z, rows, key, key == first);
+    for (long key = 0; key <= first; key += BLOCK) block_pair(space, z, x, rows, key, key == first, next);
     for (long i = 0; i < rows; i++) {
         float *to = head_of(x->dq, b, n) + (first + i) * x->dq.row;
         for (long j = 0; j < z.D; j++) to[j] = space.dq[i * D + j] * scale;
     }
 }
 
-/* every `parts`-th row block of a key head's query heads, from `part` on */
-static void share_of_head(space space, sizes z, float scale, const tensors *x, const float *lse, long head, long part, long parts) {
+/* every `parts`-th row block of a key head's query heads, from `part` on; `ahead` is the key head that comes next */
+static void share_of_head(space space, sizes z, float scale, const tensors *x, const float *lse, long head, long part, long parts, long ahead) {
     const long b = head / z.M, m = head % z.M, group = z.N / z.M, row_blocks = blocks(z.S, BLOCK), S = round_up(z.S, BLOCK);
     pack_turned(head_of(x->k, b, m), x->k.row, z.S, z.D, NR, 1, space.keys_turned);
     pack_turned(head_of(x->v, b, m), x->v.row, z.S, z.V, NR, 1, space.values_turned);
     pack_panels(head_of(x->k, b, m), x->k.row, z.S, S, z.D, 1, space.keys);
     memset(space.dk, 0, sizeof(float) * sums_size(z));
-    for (long i = part; i < group * row_blocks; i += parts) block_of_rows(space, z, scale, x, lse, b, m * group + i / row_blocks, i % row_blocks * BLOCK);
+    for (long i = part; i < group * row_blocks; i += parts) {
+        const long soon = i + parts, first = i % row_blocks * BLOCK;
+        place next = {b, m * group + soon / row_blocks, soon % row_blocks * BLOCK, i / row_blocks == group - 1 ? ahead / z.M : z.B, ahead % z.M, first};
+        if (soon >= group * row_blocks) next.b = ahead / z.M, next.n = ahead % z.M * group, next.first = 0;
+        block_of_rows(space, z, scale, x, lse, b, m * group + i / row_blocks, first, next);
+    }
 }
 
 /* the sum of what the parts of a head have for a row */
@@ -142,7 +173,7 @@ int moe_cpu_attention_backward(const sizes *given, float scale, const tensors *x
             space.dk = parts > 1 ? shared + task * sums : mine + needed;
             space.dv = space.dk + S * D;
             const long head = task / parts;
-            share_of_head(space, z, scale, x, lse, head, task % parts, parts);
+            share_of_head(space, z, scale, x, lse, head, task % parts, parts, parts > 1 ? heads : head + threads);
             for (long s = 0; s < z.S && parts == 1; s++) {
                 write_row(space.dk + s * D, 1, 0, z.D, head_of(x->dk, head / z.M, head % z.M) + s * x->dk.row);
                 write_row(space.dv + s * V, 1, 0, z.V, head_of(x->dv, head / z.M, head % z.M) + s * x->dv.row);
