@@ -80,31 +80,12 @@ static inline void pack_panels(const float *source, long stride, long rows, long
     }
 }
 
-#ifdef __clang__
-/* clang shuffles vectors only by indices that are written out */
-INLINE void transpose(vec *rows) {
+#ifndef HAS_SHUFFLE
+static inline void transpose(vec row[VL]) {
     float flat[VL][VL];
     for (int i = 0; i < VL; i++)
-        for (int j = 0; j < VL; j++) flat[j][i] = rows[i][j];
-    for (int i = 0; i < VL; i++) rows[i] = load(flat[i]);
-}
-#else
-/* columns `apart` from one another change places between rows as far apart */
-INLINE void exchange(vec *rows, int apart) {
-    const ints low = lanes + (((lanes & apart) != 0) & (VL - apart)), high = low + apart;
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; i++) {
-        if (i & apart) continue;
-        const vec upper = rows[i], lower = rows[i + apart];
-        rows[i] = __builtin_shuffle(upper, lower, low);
-        rows[i + apart] = __builtin_shuffle(upper, lower, high);
-    }
-}
-
-/* rows[i][j] and rows[j][i] of VL vectors change places */
-INLINE void transpose(vec *rows) {
-#pragma GCC unroll 4
-    for (int apart = 1; apart < VL; apart *= 2) exchange(rows, apart);
+        for (int j = 0; j < VL; j++) flat[j][i] = row[i][j];
+    for (int i = 0; i < VL; i++) row[i] = load(flat[i]);
 }
 #endif
 
