@@ -3,6 +3,7 @@
 Eager: [T, V] logits in float32, their log-probabilities kept for backward, and their gradient: three such tensors at the peak.
 Here: two of [chunk, V]. The gradients of hidden states and of the head are worked out on the way, while a chunk's logits are
 there, because the loss is a sum: backward only scales them. Nothing is computed twice, and T·D + V·D numbers are kept.
+In float32 on a CPU products and softmax can be moe_cpu's (`compiled`).
 """
 
 from dataclasses import dataclass
@@ -11,24 +12,51 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from moe.moe_layer import fits
+from moe_cpu.cross_entropy import cross_entropy_
+from moe_cpu.product import product
+
 IGNORE = -100
 """Target of a token that carries no loss."""
 
 
-def chunked_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
+def chunked_cross_entropy(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, *, compiled: bool = False
+) -> Tensor:
     """Sum of the negative log-likelihoods of targets_T [T] (IGNORE for none) under softmax(x_TD W^T), a scalar.
 
     Products are in x_TD's type, the rest in float32 or wider; weight_VD [V, D] is cast at use. `chunk`: tokens at a time.
     """
     keep = torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad)
-    return _ChunkedCrossEntropy.apply(x_TD, weight_VD, targets_T, chunk, keep)  # type: ignore[return-value]
+    native = compiled and fits(x_TD, weight_VD)
+    return _ChunkedCrossEntropy.apply(x_TD, weight_VD, targets_T, chunk, keep, native)  # type: ignore[return-value]
+
+
+def _native(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, keep: bool) -> tuple[Tensor, ...]:
+    """The sum by moe_cpu's kernels and, if they are kept, the gradients of x_TD and weight_VD."""
+    total = x_TD.new_zeros(())
+    gradient_TD, gradient_VD = (torch.empty_like(x_TD), torch.zeros_like(weight_VD)) if keep else (None, None)
+    for begin in range(0, x_TD.shape[0], chunk):
+        here = slice(begin, begin + chunk)
+        share_CV = product(x_TD[here], weight_VD.t())
+        total += cross_entropy_(share_CV, targets_T[here], gradient=keep).sum()
+        if gradient_TD is not None and gradient_VD is not None:
+            product(share_CV, weight_VD, gradient_TD[here])
+            product(share_CV.t(), x_TD[here], gradient_VD, add=True)
+    return (total, gradient_TD, gradient_VD) if gradient_TD is not None and gradient_VD is not None else (total,)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """d(sum)/d(logits) = softmax - one-hot, for tokens with a target; 0 for the others."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, keep: bool) -> Tensor:
+    def forward(
+        ctx, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, keep: bool, native: bool
+    ) -> Tensor:
+        if native:
+            total, *gradients = _native(x_TD, weight_VD, targets_T, chunk, keep)
+            ctx.save_for_backward(*gradients)
+            return total
         w_VD = weight_VD.to(x_TD.dtype)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x_TD.device)
@@ -55,10 +83,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, *scales: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx, *scales: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         gradient_TD, gradient_VD = ctx.saved_tensors
         scale = scales[0]
-        return gradient_TD * scale.to(gradient_TD.dtype), gradient_VD * scale.to(gradient_VD.dtype), None, None, None
+        return (
+            gradient_TD * scale.to(gradient_TD.dtype),
+            gradient_VD * scale.to(gradient_VD.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,8 @@ class Transformer(nn.Module):
 
     def _sum_of_losses(self, x_TD: Tensor, targets_T: Tensor) -> Tensor:
         if self.loss_chunk:
-            return chunked_cross_entropy(x_TD, self._head_weight, targets_T, self.loss_chunk)
+            weight = self._head_weight
+            return chunked_cross_entropy(x_TD, weight, targets_T, self.loss_chunk, compiled=self.compiled)
         return cross_entropy(self._logits(x_TD), targets_T, ignore_index=IGNORE, reduction="sum")
 
     def _logits(self, x_BSD: Tensor) -> Tensor:

@@ -19,14 +19,14 @@ MIN_ROWS = 64
 """Of fewer rows a compiled product spends its time packing the weight: generation stays with torch's."""
 
 
+def fits(*tensors: Tensor) -> bool:
+    """Whether moe_cpu's kernels can take these: whole float32 tensors on a CPU."""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" and not hasattr(t, "to_local") for t in tensors)
+
+
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, compiled: bool) -> Tensor:
     """x @ weightᵀ + bias [..., N] of x [..., D] and weight [N, D], by moe_cpu's kernels if `compiled` and they apply."""
-    if (
-        compiled
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
-        and not hasattr(weight, "to_local")
-    ):
+    if compiled and fits(x, weight):
         rows = x.flatten(0, -2)
         if rows.shape[0] >= MIN_ROWS:
             y = linear(rows, weight).unflatten(0, x.shape[:-1])

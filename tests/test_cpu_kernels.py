@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from moe_cpu.cross_entropy import cross_entropy_
 from moe_cpu.library import CannotCompile, library
 from moe_cpu.product import linear, product
 
@@ -107,3 +108,33 @@ def test_without_a_compiler_the_error_says_what_was_looked_for(tmp_path, monkeyp
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(CannotCompile, match="no C compiler"):
         library.__wrapped__()
+
+
+@pytest.mark.parametrize("V", [1, 5, 16, 33, 1000])
+def test_cross_entropy_is_torchs_in_float64(V):
+    logits = torch.randn(9, V) * 5
+    logits[2] += 1e4
+    logits[3, 0] = -1e30
+    targets = torch.randint(V, (9,))
+    targets[4] = -100
+    wide = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+    expected.sum().backward()
+    for gradient in (False, True):
+        found = logits.clone()
+        torch.testing.assert_close(
+            cross_entropy_(found, targets, gradient=gradient).double(), expected, rtol=1e-6, atol=2e-6
+        )
+        torch.testing.assert_close(found.double(), wide.grad if gradient else logits.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_cross_entropy_passes_nan_on_and_refuses_targets_beyond_the_classes():
+    logits = torch.zeros(3, 40)
+    logits[1, 7] = float("nan")
+    assert cross_entropy_(logits.clone(), torch.zeros(3, dtype=torch.int64), gradient=True).isnan().tolist() == [
+        False,
+        True,
+        False,
+    ]
+    with pytest.raises(ValueError, match="target 40 is none of 40 classes"):
+        cross_entropy_(logits, torch.full((3,), 40), gradient=False)

@@ -36,32 +36,18 @@ static void pack_weights(const layer *of, long expert, long panel, const work *w
     }
 }
 
-static vec load_part(const float *from, long n) {
-    vec value = {0};
-    if (n >= VL) return load(from);
-    for (long i = 0; i < n; i++) value[i] = from[i];
-    return value;
-}
-
-static void store_part(float *to, vec value, long n) {
-    if (n >= VL)
-        store(to, value);
-    else
-        for (long i = 0; i < n; i++) to[i] = value[i];
-}
-
 /* From a tile of dh: dgate and dup into their panels, weight x h into hidden, and <dh, h> added to dots */
 static void through_activation(const tile *sum, long rows, long n, long F, const float *gate, const float *up, const float *weight, float *dgate,
                                float *dup, float *hidden, vec *dots) {
     for (long i = 0; i < rows; i++)
         for (int half = 0; half < 2; half++) {
             const long at = half * VL, here = n - at;
-            const vec g = load_part(gate + i * F + at, here), u = load_part(up + i * F + at, here), dh = sum->at[i][half];
+            const vec g = load_part(gate + i * F + at, here, 0), u = load_part(up + i * F + at, here, 0), dh = sum->at[i][half];
             const vec s = sigmoid(g), act = g * s, h = act * u, scaled = dh * weight[i];
             dots[i] += dh * h;
             *(vec *)(dgate + i * NR + at) = scaled * u * (s + act * (1.0f - s));
             *(vec *)(dup + i * NR + at) = scaled * act;
-            if (here > 0) store_part(hidden + i * F + at, h * weight[i], here);
+            store_part(hidden + i * F + at, h * weight[i], here);
         }
 }
 

@@ -32,13 +32,6 @@ static void pack_weights(const layer *of, long expert, long panel, long first_pa
     }
 }
 
-static void store_part(float *to, vec value, long n) {
-    if (n == VL)
-        store(to, value);
-    else
-        for (long i = 0; i < n; i++) to[i] = value[i];
-}
-
 /* silu(gate) x up of a tile: kept where asked for, and into hidden, whose rows are F apart */
 static void activate(const tile *sum, long rows, long n, long F, float *gate, float *up, float *hidden) {
     for (long i = 0; i < rows; i++) {

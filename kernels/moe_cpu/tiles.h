@@ -32,6 +32,22 @@ typedef struct {
 
 static inline vec load(const float *from) { return *(const loose *)from; }
 static inline void store(float *to, vec value) { *(loose *)to = value; }
+
+/* the first n elements, up to VL; `fill` for the others. n may be 0 or less. */
+static inline vec load_part(const float *from, long n, float fill) {
+    if (n >= VL) return load(from);
+    vec value = (vec){0} + fill;
+    for (long i = 0; i < n; i++) value[i] = from[i];
+    return value;
+}
+
+static inline void store_part(float *to, vec value, long n) {
+    if (n >= VL)
+        store(to, value);
+    else
+        for (long i = 0; i < n; i++) to[i] = value[i];
+}
+
 static inline long least(long a, long b) { return a < b ? a : b; }
 static inline long blocks(long count, long size) { return (count + size - 1) / size; }
 
