@@ -59,7 +59,7 @@ class Timers:
             setattr(place, one.__name__, self._timed(kind, one))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for place, _, one in self.places:
             setattr(place, one.__name__, one)
 
