@@ -62,7 +62,7 @@ pip_install() {
     shift
     if [ -n "${MOE_TORCH_INDEX_URL:-}" ]; then
         say "torch from $MOE_TORCH_INDEX_URL"
-        "$python" -m pip install --quiet --index-url "$MOE_TORCH_INDEX_URL" "$(grep '^torch==' "$root/constraints.txt")"
+        "$python" -m pip install --quiet --no-compile --index-url "$MOE_TORCH_INDEX_URL" "$(grep '^torch==' "$root/constraints.txt")"
     fi
     pins=$(mktemp)
     found=$("$python" -c 'from importlib.metadata import version; print(version("torch").split("+")[0])' 2>/dev/null || true)
@@ -72,7 +72,8 @@ pip_install() {
         say "keeping torch $found, which is not the version that the tests ran on"
         grep -vE '^(torch|triton)==' "$root/constraints.txt" >"$pins"
     fi
-    "$python" -m pip install --quiet --constraint "$pins" "$@" || { rm -f "$pins"; fail "pip could not install $*: see its message above."; }
+    # what is imported compiles itself when it first is: of all that is installed, that is a small part
+    "$python" -m pip install --quiet --no-compile --constraint "$pins" "$@" || { rm -f "$pins"; fail "pip could not install $*: see its message above."; }
     rm -f "$pins"
 }
 

@@ -62,7 +62,7 @@ def test_an_unknown_part_is_refused_before_anything_is_measured():
         ["bash", str(ROOT / "scripts/benchmarks"), "--part", "layers"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "unknown part 'layers': one of first-line step layer metrics" in done.stderr
+    assert "unknown part 'layers': one of first-line clone step layer metrics" in done.stderr
 
 
 @pytest.mark.parametrize(
