@@ -7,9 +7,9 @@ Each round starts fresh interpreters one after the other, in rotating order, wit
 round, which is not counted. The first loss line is that of `python -m moe train recipes/smoke.py`, from the start of the process
 to the line `step 1/40  loss ...`; the corpus is prepared before, once. Differences are within a round.
 
-`--clone` begins earlier: it clones the repository's last commit into an empty folder, installs it there as `scripts/quickstart` does
-(`setup` of scripts/_setup.sh: .venv, pip, every dependency under its pin), and trains recipes/smoke.py until its first loss line, its
-corpus prepared anew. The first round, which is not counted, leaves in pip's cache what has to be downloaded.
+`--clone` begins earlier: it clones the repository's last commit into an empty folder, installs it there as `scripts/quickstart`
+does (`setup` of scripts/_setup.sh: .venv, pip, every dependency under its pin), and trains recipes/smoke.py until its first loss
+line, its corpus prepared anew. The first round, which is not counted, leaves in pip's cache what has to be downloaded.
 """
 
 import os
