@@ -18,7 +18,7 @@ static float row_of(long V, float *row, int64_t target, int gradient) {
     const float sum = total(sums);
     for (long j = 0; j < V && gradient; j += VL) store_part(row + j, load_part(row + j, V - j, 0) * (1.0f / sum), V - j);
     if (gradient) row[target] -= 1;
-    return top + logf(sum) - own;
+    return logf(sum) - (own - top); /* large logits cancel first */
 }
 
 /* logits [rows, V] contiguous; losses [rows]. Targets below 0 count nothing: loss and gradient are 0. */
