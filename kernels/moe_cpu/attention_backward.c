@@ -156,7 +156,7 @@ int moe_cpu_attention_backward(const sizes *given, float scale, const tensors *x
     const sizes z = *given;
     const long heads = z.B * z.M, D = round_up(z.D, VL), V = round_up(z.V, VL), S = round_up(z.S, BLOCK);
     if (!heads || !z.N || !z.S) return 0;
-    const long parts = heads >= 16 ? 1 : least(blocks(z.S, BLOCK) * (z.N / z.M), blocks(32, heads));
+    const long parts = heads >= 8 ? 1 : least(blocks(z.S, BLOCK) * (z.N / z.M), blocks(16, heads));
     const size_t sums = sums_size(z), needed = divide(NULL, z, NULL);
     float *shared = parts > 1 ? scratch(&all, &all_size, sums * parts * heads) : NULL;
     if (parts > 1 && !shared) return 1;
