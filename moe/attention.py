@@ -173,6 +173,9 @@ class GroupedQuery(nn.Module):
         query, key, value = (t.unflatten(-1, (-1, H)).transpose(1, 2) for t in (query, key, value))
         if self.query_norm is not None and self.key_norm is not None and self.config.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
+        plain = mask is None and past is None and self.context is None and self.sink_N is None
+        if self.compiled and plain and unsupported(query, key, value, *cos_sin) is None:
+            return self.out(causal_attention(query, key, value, self.scale, cos_sin).transpose(1, 2).flatten(2))
         query, key = rotate(query, cos_sin), rotate(key, cos_sin)
         if past is not None:
             key, value = past.extend(key, value)
@@ -181,8 +184,6 @@ class GroupedQuery(nn.Module):
         causal = mask is None and query.shape[2] == key.shape[2]
         if self.sink_N is not None:
             out = self._with_sinks(query, key, value, mask)
-        elif self.compiled and causal and unsupported(query, key, value) is None:
-            out = causal_attention(query, key, value, self.scale)
         else:
             groups = query.shape[1] // key.shape[1]
             if groups > 1 and (mask is not None or not query.is_cuda):

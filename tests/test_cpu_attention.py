@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from moe.attention import GroupedQuery, RotaryEmbedding
+from moe.attention import GroupedQuery, RotaryEmbedding, rotate
 from moe.config.schema import GroupedQueryAttention, Model
 from moe_cpu.attention import causal_attention
 
@@ -54,6 +55,24 @@ def test_values_and_gradients_are_torchs(size):
     grad = torch.randn(*q.shape[:3], v.shape[3])
     scale = q.shape[3] ** -0.5
     for a, b in zip(ours(q, k, v, scale, grad), plain(q, k, v, scale, grad), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-6 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize(
+    "size", [(2, 4, 2, 13, 24, 24, 24), (1, 2, 1, 97, 64, 32, 40), (9, 1, 1, 200, 8, 8, 2)], ids=str
+)
+def test_rotary_embedding_inside_is_the_one_outside(size):
+    *size, rotated = size
+    q, k, v = inputs(*size)
+    grad, angle = torch.randn(*q.shape[:3], v.shape[3]), torch.randn(q.shape[2], rotated)
+    cos_sin = angle.cos(), angle.sin()
+    out = causal_attention(q, k, v, 0.3, cos_sin)
+    found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    turned = [*(rotate(x, cos_sin) for x in wide[:2]), wide[2]]
+    expected = scaled_dot_product_attention(*turned, is_causal=True, scale=0.3, enable_gqa=True)
+    expected = [expected, *torch.autograd.grad(expected, wide, grad.double())]
+    for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-6 * max(1.0, b.abs().max().item()))
 
 
@@ -119,7 +138,9 @@ def test_nan_reaches_every_later_row_and_its_gradients():
 
 def test_opcheck_and_compile():
     q, k, v = inputs(2, 4, 2, 20, 8, 8)
-    torch.library.opcheck(torch.ops.moe_cpu.causal_attention.default, (q, k, v, 0.5))
+    angle = torch.randn(20, 4)
+    torch.library.opcheck(torch.ops.moe_cpu.causal_attention.default, (q, k, v, 0.5, None, None))
+    torch.library.opcheck(torch.ops.moe_cpu.causal_attention.default, (q, k, v, 0.5, angle.cos(), angle.sin()))
     grad = torch.randn(q.shape)
 
     def step(q, k, v):
@@ -146,25 +167,31 @@ def test_nothing_in_nothing_out(empty):
     assert [x.shape for x in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape] * 3
 
 
-X = torch.ones(1, 2, 3, 8)
+X, ANGLES = torch.ones(1, 2, 3, 8), torch.ones(3, 4)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("tensors", "angles", "message"),
     [
-        ((X.double(), X, X), "float64"),
-        ((X, X.to("meta"), X), "meta"),
-        ((X, X[0], X), "float32 on the CPU"),
-        ((X, X[:, :, :2], X), "not those of queries"),
-        ((X, X, X[..., :2, :]), "not those of queries"),
-        ((torch.ones(1, 3, 3, 8), X, X), "3 query heads cannot share 2"),
-        ((torch.ones(1, 2, 3, 300),) * 3, "1 to 256 elements, not 300"),
+        ((X.double(), X, X), None, "float64"),
+        ((X, X.to("meta"), X), None, "meta"),
+        ((X, X[0], X), None, r"\[B, N, S, D\], not"),
+        ((X, X[:, :, :2], X), None, "not those of queries"),
+        ((X, X, X[..., :2, :]), None, "not those of queries"),
+        ((torch.ones(1, 3, 3, 8), X, X), None, "3 query heads cannot share 2"),
+        ((torch.ones(1, 2, 3, 300),) * 3, None, "1 to 256 elements, not 300"),
+        ((X, X, X), (ANGLES[:2], ANGLES[:2]), "angles of 3 positions"),
+        ((X, X, X), (ANGLES, ANGLES[:, :2]), "angles of 3 positions"),
+        ((X, X, X), (torch.ones(3, 10),) * 2, "up to 8"),
+        ((X, X, X), (torch.ones(3, 3),) * 2, "even number"),
+        ((X, X, X), (ANGLES.bfloat16(),) * 2, "bfloat16"),
+        ((X, X, X), (ANGLES.clone().requires_grad_(), ANGLES), "no gradient"),
     ],
-    ids=("type", "device", "dimensions", "keys", "values", "heads", "elements"),
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_does_not_fit_is_refused(tensors, message):
+def test_what_does_not_fit_is_refused(tensors, angles, message):
     with pytest.raises(ValueError, match=message):
-        causal_attention(*tensors, 1.0)
+        causal_attention(*tensors, 1.0, angles)
 
 
 def test_a_models_attention_with_it_is_the_same(monkeypatch):

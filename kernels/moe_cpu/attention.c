@@ -12,6 +12,7 @@ enum { CHUNK = 512, LINE = CHUNK + VL, ROWS = (MR + VL - 1) / VL * VL, FIGURES =
 typedef struct {
     float *keys, *values;           /* packed: of a whole head */
     float *queries, *scores, *sum;  /* packed rows of a block; scores of a tile; a block's weighted sums of values */
+    float *room;                    /* rows of a block that are turned */
     float *top, *weight;            /* of a block's rows: largest score so far, and sum of e^(score - top) */
 } space;
 
@@ -19,6 +20,7 @@ typedef struct {
     sizes z;
     float scale;
     strided q, k, v, out;
+    angles by;
     float *lse;
 } job;
 
@@ -34,7 +36,7 @@ static place place_of(sizes z, long item) {
 }
 
 static size_t packed_size(sizes z) { return (size_t)round_up(z.S, BLOCK) * (z.D + round_up(z.V, VL)); }
-static size_t own_size(sizes z) { return (size_t)BLOCK * (z.D + round_up(z.V, VL)) + 2 * FIGURES + MR * LINE + VL; }
+static size_t own_size(sizes z) { return (size_t)BLOCK * (2 * z.D + round_up(z.V, VL)) + 2 * FIGURES + MR * LINE + VL; }
 
 static void divide(space *space, sizes z, float *packed, float *own) {
     space->keys = packed;
@@ -43,12 +45,18 @@ static void divide(space *space, sizes z, float *packed, float *own) {
     space->sum = space->scores + MR * LINE;
     space->top = space->sum + BLOCK * round_up(z.V, VL);
     space->weight = space->top + FIGURES;
-    space->queries = space->weight + FIGURES;
+    space->room = space->weight + FIGURES;
+    space->queries = space->room + BLOCK * z.D;
 }
 
 static void pack_head(space space, const job *x, long head) {
     const sizes z = x->z;
-    pack_turned(head_of(x->k, head / z.M, head % z.M), x->k.row, z.S, z.D, NR, 1, space.keys);
+    for (long first = 0; first < z.S; first += BLOCK) {
+        const long rows = least(BLOCK, z.S - first);
+        long stride = x->k.row;
+        const float *keys = turned(head_of(x->k, head / z.M, head % z.M) + first * stride, &stride, rows, first, z.D, x->by, space.room);
+        pack_turned(keys, stride, rows, z.D, NR, 1, space.keys + first * z.D);
+    }
     pack_panels(head_of(x->v, head / z.M, head % z.M), x->v.row, z.S, round_up(z.S, BLOCK), z.V, 1, space.values);
 }
 
@@ -139,8 +147,10 @@ static void attend_rows(space space, sizes z, long row, long at, long first) {
 /* one block; meanwhile queries of the next are fetched, and keys and values of the key head `ahead`, where there is one */
 static void attend_block(space space, const job *x, place at, place next, long ahead) {
     const sizes z = x->z;
-    const long rows = least(BLOCK, z.S - at.first), stride = round_up(z.V, VL);
-    pack_turned(head_of(x->q, at.b, at.n) + at.first * x->q.row, x->q.row, rows, z.D, MR, x->scale, space.queries);
+    const long rows = least(BLOCK, z.S - at.first), V = round_up(z.V, VL);
+    long stride = x->q.row;
+    const float *queries = turned(head_of(x->q, at.b, at.n) + at.first * stride, &stride, rows, at.first, z.D, x->by, space.room);
+    pack_turned(queries, stride, rows, z.D, MR, x->scale, space.queries);
     for (long key = 0; key < at.first + rows; key += CHUNK)
         for (long i = 0; i < rows; i += MR) {
             if (key == 0) {
@@ -155,7 +165,7 @@ static void attend_block(space space, const job *x, place at, place next, long a
         }
     for (long i = 0; i < rows; i++) {
         const long figure = i / MR * ROWS + i % MR;
-        const float share = 1 / space.weight[figure], *from = space.sum + i * stride;
+        const float share = 1 / space.weight[figure], *from = space.sum + i * V;
         float *to = head_of(x->out, at.b, at.n) + (at.first + i) * x->out.row;
         for (long j = 0; j < z.V; j++) to[j] = from[j] * share;
         x->lse[(at.b * z.N + at.n) * z.S + at.first + i] = space.top[figure] + logf(space.weight[figure]);
@@ -163,12 +173,12 @@ static void attend_block(space space, const job *x, place at, place next, long a
 }
 
 /* whole heads for a thread where there are enough of them; otherwise all heads are packed first and their blocks shared out */
-int moe_cpu_attention(const sizes *given, float scale, const strided *q, const strided *k, const strided *v, const strided *out, float *lse,
-                      int threads) {
+int moe_cpu_attention(const sizes *given, float scale, const strided *q, const strided *k, const strided *v, const strided *out,
+                      const angles *by, float *lse, int threads) {
     static __thread float *all = NULL, *own = NULL;
     static __thread size_t all_size = 0, own_held = 0;
     const sizes z = *given;
-    const job x = {z, scale, *q, *k, *v, *out, lse};
+    const job x = {z, scale, *q, *k, *v, *out, *by, lse};
     const long heads = z.B * z.M;
     if (!heads || !z.N || !z.S) return 0;
     const int whole = heads >= 2 * threads;

@@ -23,6 +23,12 @@ typedef struct {
     long batch, head, row;
 } strided;
 
+/* cosines and sines of every position, [S, width], for the first `width` elements of queries and keys; no cosines: no rotation */
+typedef struct {
+    const float *cos, *sin;
+    long width;
+} angles;
+
 static inline float *head_of(strided x, long b, long n) { return x.data + b * x.batch + n * x.head; }
 static inline long round_up(long count, long size) { return blocks(count, size) * size; }
 static inline vec both(float value) { return (vec){0} + value; }
@@ -61,6 +67,32 @@ INLINE tile multiply_strided(long K, const float *restrict a, long row, long ste
         b += width * VL;
     }
     return sum;
+}
+
+/* rows as they are; or, where there are angles, in `room`, element i turned with i + width / 2 by those of positions from `first` on */
+static inline const float *turned(const float *x, long *stride, long rows, long first, long D, angles by, float *restrict room) {
+    if (!by.cos) return x;
+    const long half = by.width / 2;
+    for (long s = 0; s < rows; s++) {
+        const float *row = x + s * *stride, *c = by.cos + (first + s) * by.width, *n = by.sin + (first + s) * by.width;
+        float *restrict to = room + s * D;
+        for (long j = 0; j < half; j++) to[j] = row[j] * c[j] - row[half + j] * n[j];
+        for (long j = half; j < by.width; j++) to[j] = row[j] * c[j] + row[j - half] * n[j];
+        for (long j = by.width; j < D; j++) to[j] = row[j];
+    }
+    *stride = D;
+    return room;
+}
+
+/* the gradient of a row from that of what it was turned into, in place */
+static inline void turn_back(float *row, long s, angles by) {
+    const float *c = by.cos + s * by.width, *n = by.sin + s * by.width;
+    const long half = by.width / 2;
+    for (long j = 0; by.cos && j < half; j++) {
+        const float first = row[j], second = row[half + j];
+        row[j] = first * c[j] + second * n[half + j];
+        row[half + j] = second * c[half + j] - first * n[j];
+    }
 }
 
 /* panels[column / NR][row][..] = factor x source, of `rows` rows, then zeros up to `padded`; a last panel may be VL wide */

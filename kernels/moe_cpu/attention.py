@@ -1,8 +1,9 @@
 """Causal attention by the compiled kernels: `causal_attention(q, k, v, scale)`, float32, with gradients.
 
 Nothing of S x S is stored: forward keeps the output and each row's log-sum-exp, and backward computes the weights again. Scores
-above the diagonal are not computed, key heads that query heads share are not repeated, and results do not depend on the number
-of threads. The method of FlashAttention (arXiv 2205.14135), laid out for a core's caches and registers.
+above the diagonal are not computed, key heads that query heads share are not repeated, and the rotary embedding is applied where
+rows are packed and never stored. Results do not depend on the number of threads. The method of FlashAttention (arXiv 2205.14135),
+laid out for a core's caches and registers.
 """
 
 import ctypes
@@ -24,15 +25,30 @@ class _Strided(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_long) for name in ("batch", "head", "row")))
 
 
+class _Angles(ctypes.Structure):
+    _fields_ = (("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p), ("width", ctypes.c_long))
+
+
+class _Tensors(ctypes.Structure):
+    _fields_ = (("strided", _Strided * 8), ("angles", _Angles))
+
+
 @cache
-def _kernel(name: str, tensors: int, parameters: int):
-    function = getattr(library(), name)
+def _forward_kernel():
+    function = library().moe_cpu_attention
+    tensors = [ctypes.POINTER(_Strided)] * 4
     function.argtypes = [
-        ctypes.POINTER(_Sizes),
-        ctypes.c_float,
-        *[ctypes.c_void_p] * (tensors + parameters),
-        ctypes.c_int,
-    ]
+        ctypes.POINTER(_Sizes), ctypes.c_float, *tensors, ctypes.POINTER(_Angles), ctypes.c_void_p, ctypes.c_int
+    ]  # fmt: skip
+    return function
+
+
+@cache
+def _backward_kernel():
+    function = library().moe_cpu_attention_backward
+    function.argtypes = [
+        ctypes.POINTER(_Sizes), ctypes.c_float, ctypes.POINTER(_Tensors), ctypes.c_void_p, ctypes.c_int
+    ]  # fmt: skip
     return function
 
 
@@ -41,8 +57,14 @@ def _rows(x_BNSD: Tensor) -> Tensor:
     return x_BNSD if x_BNSD.stride(3) == 1 or x_BNSD.shape[3] == 1 else x_BNSD.contiguous()
 
 
-def _strided(tensors: tuple[Tensor, ...]) -> ctypes.Array:
-    return (_Strided * len(tensors))(*(_Strided(x.data_ptr(), *x.stride()[:3]) for x in tensors))
+def _strided(x_BNSD: Tensor) -> _Strided:
+    return _Strided(x_BNSD.data_ptr(), *x_BNSD.stride()[:3])
+
+
+def _angles(cos_SR: Tensor | None, sin_SR: Tensor | None) -> _Angles:
+    if cos_SR is None or sin_SR is None:
+        return _Angles(None, None, 0)
+    return _Angles(cos_SR.data_ptr(), sin_SR.data_ptr(), cos_SR.shape[1])
 
 
 def _sizes(q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor) -> _Sizes:
@@ -50,11 +72,13 @@ def _sizes(q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor) -> _Sizes:
     return _Sizes(B, N, M, S, D, V)
 
 
-def unsupported(q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor) -> str | None:
+def unsupported(q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor, *cos_sin_SR: Tensor) -> str | None:
     """Why these tensors cannot be attended to by this kernel, or None where they can."""
-    for x in (q_BNSD, k_BMSD, v_BMSV):
-        if x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() != 4:
-            return f"[B, N, S, D] in float32 on the CPU, not {list(x.shape)} in {x.dtype} on {x.device}"
+    for x in (q_BNSD, k_BMSD, v_BMSV, *cos_sin_SR):
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            return f"float32 on the CPU, not {x.dtype} on {x.device}"
+    if not q_BNSD.dim() == k_BMSD.dim() == v_BMSV.dim() == 4:
+        return f"[B, N, S, D], not {list(q_BNSD.shape)}, {list(k_BMSD.shape)} and {list(v_BMSV.shape)}"
     (B, N, S, D), (M, V) = q_BNSD.shape, v_BMSV.shape[1::2]
     if k_BMSD.shape != (B, M, S, D) or v_BMSV.shape != (B, M, S, V):
         return (
@@ -64,25 +88,34 @@ def unsupported(q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor) -> str | None:
         return f"{N} query heads cannot share {M} key heads evenly"
     if not (0 < D <= MAX_DIM and 0 < V <= MAX_DIM):
         return f"heads of 1 to {MAX_DIM} elements, not {D} and {V}"
+    for x in cos_sin_SR:
+        if x.dim() != 2 or x.shape[0] != S or x.shape[1] > D or x.shape[1] % 2 or x.shape != cos_sin_SR[0].shape:
+            return f"angles of {S} positions for an even number of elements up to {D}, not {list(x.shape)}"
+        if x.requires_grad:
+            return "angles have no gradient here"
     return None
 
 
 @torch.library.custom_op("moe_cpu::causal_attention", mutates_args=())
-def _forward(q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor, scale: float, cos_SR: Tensor | None, sin_SR: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Output [B, N, S, V], stored as [B, S, N, V], and log-sum-exp [B, N, S]."""
-    out_BNSV, lse_BNS = _fake(q_BNSD, k_BMSD, v_BMSV, scale)
-    q_BNSD, k_BMSD, v_BMSV = map(_rows, (q_BNSD, k_BMSD, v_BMSV))
-    sizes = _sizes(q_BNSD, k_BMSD, v_BMSV)
-    places = _strided((q_BNSD, k_BMSD, v_BMSV, out_BNSV))
-    arguments = (*(ctypes.addressof(place) for place in places), lse_BNS.data_ptr())
-    if _kernel("moe_cpu_attention", 4, 1)(sizes, scale, *arguments, torch.get_num_threads()):
+    out_BNSV, lse_BNS = _fake(q_BNSD, k_BMSD, v_BMSV, scale, cos_SR, sin_SR)
+    inputs = tuple(map(_rows, (q_BNSD, k_BMSD, v_BMSV)))
+    places = map(_strided, (*inputs, out_BNSV))
+    threads = torch.get_num_threads()
+    if _forward_kernel()(_sizes(*inputs), scale, *places, _angles(cos_SR, sin_SR), lse_BNS.data_ptr(), threads):
         raise MemoryError("no memory for attention's packed keys and values")
     return out_BNSV, lse_BNS
 
 
 @_forward.register_fake
-def _fake(q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    if reason := unsupported(q_BNSD, k_BMSD, v_BMSV):
+def _fake(
+    q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor, scale: float, cos_SR: Tensor | None, sin_SR: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    angles = () if cos_SR is None or sin_SR is None else (cos_SR, sin_SR)
+    if reason := unsupported(q_BNSD, k_BMSD, v_BMSV, *angles):
         raise ValueError(reason)
     B, N, S, _ = q_BNSD.shape
     return q_BNSD.new_empty(B, S, N, v_BMSV.shape[3]).transpose(1, 2), q_BNSD.new_empty(B, N, S)
@@ -90,45 +123,61 @@ def _fake(q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor, scale: float) -> tuple
 
 @torch.library.custom_op("moe_cpu::causal_attention_backward", mutates_args=())
 def _backward(
-    grad_BNSV: Tensor, q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor, out_BNSV: Tensor, lse_BNS: Tensor, scale: float
+    grad_BNSV: Tensor,
+    q_BNSD: Tensor,
+    k_BMSD: Tensor,
+    v_BMSV: Tensor,
+    out_BNSV: Tensor,
+    lse_BNS: Tensor,
+    scale: float,
+    cos_SR: Tensor | None,
+    sin_SR: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, stored as [B, S, heads, elements]."""
-    grad_BNSV, q_BNSD, k_BMSD, v_BMSV = map(_rows, (grad_BNSV, q_BNSD, k_BMSD, v_BMSV))
-    gradients = _fake_backward(grad_BNSV, q_BNSD, k_BMSD, v_BMSV, out_BNSV, lse_BNS, scale)
-    sizes = _sizes(q_BNSD, k_BMSD, v_BMSV)
-    places = _strided((q_BNSD, k_BMSD, v_BMSV, _rows(out_BNSV), grad_BNSV, *gradients))
-    arguments = (ctypes.addressof(places), lse_BNS.contiguous().data_ptr())
-    if _kernel("moe_cpu_attention_backward", 1, 1)(sizes, scale, *arguments, torch.get_num_threads()):
+    gradients = _like(q_BNSD), _like(k_BMSD), _like(v_BMSV)
+    inputs = tuple(map(_rows, (q_BNSD, k_BMSD, v_BMSV, out_BNSV, grad_BNSV)))
+    places = (_Strided * 8)(*map(_strided, (*inputs, *gradients)))
+    tensors = _Tensors(places, _angles(cos_SR, sin_SR))
+    if _backward_kernel()(_sizes(*inputs[:3]), scale, tensors, lse_BNS.data_ptr(), torch.get_num_threads()):
         raise MemoryError("no memory for attention's packed keys, values and their gradients")
     return gradients
 
 
+def _like(x_BNSD: Tensor) -> Tensor:
+    B, N, S, D = x_BNSD.shape
+    return x_BNSD.new_empty(B, S, N, D).transpose(1, 2)
+
+
 @_backward.register_fake
 def _fake_backward(
-    grad_BNSV: Tensor, q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor, out_BNSV: Tensor, lse_BNS: Tensor, scale: float
+    grad_BNSV, q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor, out_BNSV, lse_BNS, scale, cos_SR, sin_SR
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (
-        x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q_BNSD, k_BMSD, v_BMSV)
-    )
-    return q, k, v
+    return _like(q_BNSD), _like(k_BMSD), _like(v_BMSV)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.scale = inputs[3]
-    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[4:])
 
 
 def _autograd(ctx, grad_BNSV, _grad_lse):
-    return *_backward(grad_BNSV, *ctx.saved_tensors, ctx.scale), None
+    *saved, cos_SR, sin_SR = ctx.saved_tensors
+    return *_backward(grad_BNSV, *saved, ctx.scale, cos_SR, sin_SR), None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def causal_attention(q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor, scale: float) -> Tensor:
+def causal_attention(
+    q_BNSD: Tensor, k_BMSD: Tensor, v_BMSV: Tensor, scale: float, cos_sin: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """softmax(scale · q kᵀ) v over the keys up to a query's own position; raises ValueError for what does not fit (`unsupported`).
 
     q [B, N, S, D], k [B, M, S, D] and v [B, M, S, V] with any strides, N a multiple of M: N / M consecutive query heads share a
-    key head. The result [B, N, S, V] is stored as [B, S, N, V], so that its heads can be put together without a copy.
+    key head. The result [B, N, S, V] is stored as [B, S, N, V], so that its heads can be put together without a copy. With cosines
+    and sines [S, R] the first R elements of queries and keys are rotated first, element i with i + R / 2.
     """
-    return _forward(q_BNSD, k_BMSD, v_BMSV, scale)[0]
+    cos_SR, sin_SR = cos_sin or (None, None)
+    if cos_SR is not None and sin_SR is not None:
+        cos_SR, sin_SR = cos_SR.contiguous(), sin_SR.contiguous()
+    return _forward(q_BNSD, k_BMSD, v_BMSV, scale, cos_SR, sin_SR)[0]

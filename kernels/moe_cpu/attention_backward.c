@@ -62,6 +62,7 @@ INLINE void add_product(long K, const float *a, long row, long step, const float
 
 typedef struct {
     strided q, k, v, out, grad, dq, dk, dv;
+    angles by;
 } tensors;
 
 /* what comes next: rows of a query head from `first` on, and those of a key head from `key` on; of no batch where there is nothing */
@@ -109,10 +110,12 @@ static inline float inner(const float *a, const float *b, long n) {
 
 static void block_of_rows(space space, sizes z, float scale, const tensors *x, const float *lse, long b, long n, long first, place next) {
     const long rows = least(BLOCK, z.S - first), D = round_up(z.D, VL);
-    const float *q = head_of(x->q, b, n) + first * x->q.row, *grad = head_of(x->grad, b, n) + first * x->grad.row;
-    pack_turned(q, x->q.row, rows, z.D, MR, scale, space.queries_turned);
+    long stride = x->q.row;
+    const float *q = turned(head_of(x->q, b, n) + first * stride, &stride, rows, first, z.D, x->by, space.dq);
+    const float *grad = head_of(x->grad, b, n) + first * x->grad.row;
+    pack_turned(q, stride, rows, z.D, MR, scale, space.queries_turned);
     pack_turned(grad, x->grad.row, rows, z.V, MR, 1, space.grads_turned);
-    pack_panels(q, x->q.row, rows, BLOCK, z.D, scale, space.queries);
+    pack_panels(q, stride, rows, BLOCK, z.D, scale, space.queries);
     pack_panels(grad, x->grad.row, rows, BLOCK, z.V, 1, space.grads);
     for (long i = 0; i < BLOCK; i++) {
         const float *out = head_of(x->out, b, n) + (first + i) * x->out.row;
@@ -124,15 +127,18 @@ static void block_of_rows(space space, sizes z, float scale, const tensors *x, c
     for (long i = 0; i < rows; i++) {
         float *to = head_of(x->dq, b, n) + (first + i) * x->dq.row;
         for (long j = 0; j < z.D; j++) to[j] = space.dq[i * D + j] * scale;
+        turn_back(to, first + i, x->by);
     }
 }
 
 /* every `parts`-th row block of a key head's query heads, from `part` on; `ahead` is the key head that comes next */
 static void share_of_head(space space, sizes z, float scale, const tensors *x, const float *lse, long head, long part, long parts, long ahead) {
     const long b = head / z.M, m = head % z.M, group = z.N / z.M, row_blocks = blocks(z.S, BLOCK), S = round_up(z.S, BLOCK);
-    pack_turned(head_of(x->k, b, m), x->k.row, z.S, z.D, NR, 1, space.keys_turned);
+    long stride = x->k.row;
+    const float *k = turned(head_of(x->k, b, m), &stride, z.S, 0, z.D, x->by, space.dk);
+    pack_turned(k, stride, z.S, z.D, NR, 1, space.keys_turned);
     pack_turned(head_of(x->v, b, m), x->v.row, z.S, z.V, NR, 1, space.values_turned);
-    pack_panels(head_of(x->k, b, m), x->k.row, z.S, S, z.D, 1, space.keys);
+    pack_panels(k, stride, z.S, S, z.D, 1, space.keys);
     memset(space.dk, 0, sizeof(float) * sums_size(z));
     for (long i = part; i < group * row_blocks; i += parts) {
         const long soon = i + parts, first = i % row_blocks * BLOCK;
@@ -142,19 +148,24 @@ static void share_of_head(space space, sizes z, float scale, const tensors *x, c
     }
 }
 
-/* the sum of what the parts of a head have for a row */
-static void write_row(const float *sums, long parts, size_t apart, long columns, float *to) {
-    for (long j = 0; j < columns; j++) to[j] = sums[j];
-    for (long part = 1; part < parts; part++)
-        for (long j = 0; j < columns; j++) to[j] += sums[part * apart + j];
+/* gradients of a key and its value: the sum of what the parts of a head have */
+static void write_row(sizes z, const tensors *x, const float *sums, long parts, long head, long s) {
+    const long D = round_up(z.D, VL), V = round_up(z.V, VL);
+    float *dk = head_of(x->dk, head / z.M, head % z.M) + s * x->dk.row, *dv = head_of(x->dv, head / z.M, head % z.M) + s * x->dv.row;
+    const float *of_k = sums + s * D, *of_v = sums + round_up(z.S, BLOCK) * D + s * V;
+    for (long part = 0; part < parts; part++, of_k += sums_size(z), of_v += sums_size(z)) {
+        for (long j = 0; j < z.D; j++) dk[j] = (part ? dk[j] : 0) + of_k[j];
+        for (long j = 0; j < z.V; j++) dv[j] = (part ? dv[j] : 0) + of_v[j];
+    }
+    turn_back(dk, s, x->by);
 }
 
-/* the tensors in order: q, k, v, out, its gradient, and the gradients of q, k and v */
+/* the tensors in order: q, k, v, out, its gradient, and the gradients of q, k and v; then the angles */
 int moe_cpu_attention_backward(const sizes *given, float scale, const tensors *x, const float *lse, int threads) {
     static __thread float *all = NULL, *own = NULL;
     static __thread size_t all_size = 0, own_held = 0;
     const sizes z = *given;
-    const long heads = z.B * z.M, D = round_up(z.D, VL), V = round_up(z.V, VL), S = round_up(z.S, BLOCK);
+    const long heads = z.B * z.M, D = round_up(z.D, VL), S = round_up(z.S, BLOCK);
     if (!heads || !z.N || !z.S) return 0;
     const long parts = heads >= 8 ? 1 : least(blocks(z.S, BLOCK) * (z.N / z.M), blocks(16, heads));
     const size_t sums = sums_size(z), needed = divide(NULL, z, NULL);
@@ -174,18 +185,11 @@ int moe_cpu_attention_backward(const sizes *given, float scale, const tensors *x
             space.dv = space.dk + S * D;
             const long head = task / parts;
             share_of_head(space, z, scale, x, lse, head, task % parts, parts, parts > 1 ? heads : head + threads);
-            for (long s = 0; s < z.S && parts == 1; s++) {
-                write_row(space.dk + s * D, 1, 0, z.D, head_of(x->dk, head / z.M, head % z.M) + s * x->dk.row);
-                write_row(space.dv + s * V, 1, 0, z.V, head_of(x->dv, head / z.M, head % z.M) + s * x->dv.row);
-            }
+            for (long s = 0; s < z.S && parts == 1; s++) write_row(z, x, space.dk, 1, head, s);
         }
 #pragma omp for schedule(static)
-        for (long at = 0; at < (parts > 1 ? heads * z.S : 0); at++) {
-            const long head = at / z.S, s = at % z.S;
-            const float *from = shared + head * parts * sums;
-            write_row(from + s * D, parts, sums, z.D, head_of(x->dk, head / z.M, head % z.M) + s * x->dk.row);
-            write_row(from + S * D + s * V, parts, sums, z.V, head_of(x->dv, head / z.M, head % z.M) + s * x->dv.row);
-        }
+        for (long at = 0; at < (parts > 1 ? heads * z.S : 0); at++)
+            if (!failed) write_row(z, x, shared + at / z.S * parts * sums, parts, at / z.S, at % z.S);
     }
     return failed;
 }
