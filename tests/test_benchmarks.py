@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import bench_flat  # noqa: E402
 import bench_layer_page  # noqa: E402
 import bench_layer_peers  # noqa: E402
+import bench_memory  # noqa: E402
 import bench_metrics  # noqa: E402
 import bench_repeat  # noqa: E402
 from bench_common import Ratio, has_markers, options, parse, write_between  # noqa: E402
@@ -116,3 +117,12 @@ def test_every_function_that_is_timed_is_found_where_the_trainer_looks_it_up(tmp
     }
     assert Corpus.train_batch.__qualname__ == "Corpus.train_batch"
     assert not hasattr(Corpus.train_batch, "__wrapped__")
+
+
+def test_every_run_of_the_memory_table_changes_what_it_says():
+    base = bench_memory.run_of("as it is")
+    assert (base.model.dim, base.model.num_layers, base.train.micro_rows) == (256, 4, 8)
+    assert bench_memory.run_of("no experts").model.moe is None
+    assert bench_memory.run_of("32 rows in 4 micro-batches").train.batch_rows == 32
+    assert bench_memory.run_of("S 1024, 2 rows").data.sequence_length == 1024
+    assert all(bench_memory.run_of(case) != base for case in bench_memory.CASES if case != "as it is")

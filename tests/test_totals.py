@@ -1,6 +1,7 @@
 """moe/cost/totals.py, what a run is going to use, against the ledgers of real runs: FLOPs, bytes and memory within 10 %."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -48,6 +49,16 @@ def test_evaluations_and_saves_are_counted_with_the_last_of_each(tmp_path):
     assert evaluation_flops(often, 1.0) == evaluation_flops(once, 1.0)
 
 
+def test_kernels_of_products_in_16_bits_are_counted_until_every_row_count_has_come(tmp_path):
+    # 128 tokens on 2 of 4 experts: 64 rows each on average, so up to 128 in fours are 32 counts of 7 kinds
+    narrow = [
+        process_bytes(tiny_run(tmp_path, "train.precision=bfloat16", f"train.steps={steps}")) for steps in (1, 10**6)
+    ]
+    limit = 32 * 7 * 0.65 * 2**20
+    # 8 draws (2 layers of 4 experts) of 32: each is drawn with probability 1 - exp(-1/4)
+    assert narrow[1] - narrow[0] == pytest.approx(limit * math.exp(-1 / 4), abs=2)
+
+
 @pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
@@ -68,9 +79,10 @@ def test_evaluations_and_saves_are_counted_with_the_last_of_each(tmp_path):
             "train.micro_rows=4",
             "evaluation.probe_rows=0",
         ),
+        ("model.dim=256", "model.num_layers=3", "model.moe.expert_hidden=384", "train.precision=bfloat16"),
     ],
 )
-def test_three_real_runs_use_what_was_planned(tmp_path, overrides):
+def test_real_runs_use_what_was_planned(tmp_path, overrides):
     given = [
         "train.steps=3",
         "train.threads=1",

@@ -3,13 +3,14 @@
 `moe plan` prints these and `moe ledger` measures them; tests/test_totals.py holds the one to the other within 10 %.
 """
 
+import math
 from dataclasses import dataclass
 
 from moe.config.layout import Layout
 from moe.config.schema import GroupedQueryAttention, Model, Run, expert_dim, expert_widths, is_moe_layer
 from moe.cost.counting import flops_by_component, moe_layers, parameters
-from moe.cost.memory import memory_bytes
-from moe.cost.shares import needs_first_pass
+from moe.cost.memory import block_bytes, memory_bytes
+from moe.cost.shares import needs_first_pass, tokens_per_pass
 
 BYTES_PER_PARAMETER = 12
 """In a checkpoint: the parameter and Adam's two averages, float32."""
@@ -19,6 +20,14 @@ SAMPLE_TOKENS = 256
 """Tokens of the probe rows, about, that moe/train/health.py sends through every expert."""
 PROCESS_BYTES = 420 * 2**20
 """Python, torch and the libraries in a training process on a CPU. Measured here, torch 2.13; larger where torch has CUDA."""
+
+KERNEL_BYTES = 0.65 * 2**20
+"""That oneDNN keeps of a matrix product in 16 bits on a CPU, for every shape. Measured, torch 2.13: 260 MiB for 400 shapes."""
+KERNEL_KINDS = 7
+"""Products of an expert, forward and backward, whose shapes depend on its rows: kernels compiled per row count, as counted with
+ONEDNN_VERBOSE (docs/benchmarks.md)."""
+KERNEL_OCTAVES = 3
+"""From an expert's fewest rows to its most, about, in powers of two."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,32 @@ def _expert_tensors(model: Model) -> int:
 def process_bytes(run: Run) -> int:
     """Peak resident memory of a run in one process on a CPU: libraries, the step's plan, and the copy that is being saved.
 
-    With checkpointing, measuring health can hold more than a step does, and is not in it.
+    With recomputation also the gradients of the block that is being recomputed, which come on top of its activations; without
+    it, they fit where activations of blocks above have been. In bfloat16 also the kernels that are compiled for each number
+    of rows of an expert. Not in it: what health measurements hold beyond a step, and an evaluation's logits beyond `loss_chunk`.
     """
     copy = _state_bytes(run.model) if run.checkpoint.asynchronous else 0
-    return PROCESS_BYTES + sum(memory_bytes(run).values()) + copy
+    return PROCESS_BYTES + sum(memory_bytes(run).values()) + copy + _recomputed_bytes(run) + _kernel_bytes(run)
+
+
+def _recomputed_bytes(run: Run) -> int:
+    """Gradients of the largest block's activations."""
+    if not run.train.activation_checkpointing:
+        return 0
+    tokens, size = tokens_per_pass(run, Layout()), 2 if run.train.precision == "bfloat16" else 4
+    return round(tokens * max(block_bytes(run.model, layer, size, tokens) for layer in range(run.model.num_layers)))
+
+
+def _kernel_bytes(run: Run) -> int:
+    """Kernels of experts' products in bfloat16, which `row_blocks.py` rounds to 64 row counts an octave, at least 4 apart.
+
+    As many counts as that many draws from all that are likely leave: one of every expert, layer and forward pass. Experts as
+    wide as the model need fewer kernels, since their shapes coincide.
+    """
+    moe, layers = run.model.moe, len(moe_layers(run.model))
+    if moe is None or not layers or run.train.precision != "bfloat16":
+        return 0
+    most = 2 * run.train.micro_rows * run.data.sequence_length * moe.top_k / moe.num_experts
+    counts = max(1.0, min(64.0 * KERNEL_OCTAVES, most / 4))
+    draws = run.train.steps * run.train.batch_rows / run.train.micro_rows * layers * moe.num_experts
+    return round(KERNEL_KINDS * KERNEL_BYTES * counts * (1 - math.exp(-draws / counts)))
