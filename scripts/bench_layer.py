@@ -9,10 +9,12 @@ with quartiles. The contenders that compute the same function are compared first
 
 `--tokens same` gives every round the same tokens, `new` others: then experts have other numbers of rows each time, as they
 have in training. `products` is the floor: nothing but the matrix products of each expert's size, forward and backward, one
-after another into memory that is there. `--issue` is all of it: both types at one thread and at two, new tokens at one.
+after another by torch into memory that is there. `dense` is torch's as well; beside it the dense layer by our
+compiled kernels, and our layer without them (`moe.backend=torch`). `--issue` is all of it: both types at one thread and at two, new tokens at one.
 `--peers` adds other projects' layers, those that are installed or those named; bench_layer_peers.py says how each differs.
 """
 
+import copy
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from dataclasses import asdict
 import torch
 import transformers
 from bench_common import clock_of, keep, machine, options, parse, peak_gigaflops, ratios
-from bench_layer_page import NAME, Row, figures, print_row, tables
+from bench_layer_page import COMPILED, NAME, PLAIN, Row, figures, print_row, tables
 from bench_layer_peers import PEERS, build_peers, installed, missing
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
@@ -39,12 +41,12 @@ AGREEMENT = {"float32": (0.99, 1e-4), "bfloat16": (0.5, 5e-2)}
 in float32: in bfloat16 a token whose K-th and next expert are close may go to the other one, in both directions."""
 
 
-def build_ours(shape: tuple[int, ...]) -> MoELayer:
+def build_ours(shape: tuple[int, ...], backend: str = "auto") -> MoELayer:
     """Our layer: softmax, top-k, renormalised; the losses' weights are 0 as transformers' block computes none."""
     _, D, F, E, K = shape
     router = TopK(balance=Balance(weight=0.0), z_weight=0.0)
     return MoELayer(
-        MoE(num_experts=E, top_k=K, expert_hidden=F, router=router, backend="torch"), D, layer=0, init_std=0.05
+        MoE(num_experts=E, top_k=K, expert_hidden=F, router=router, backend=backend), D, layer=0, init_std=0.05
     )
 
 
@@ -82,8 +84,15 @@ def contenders(
     dense = SwiGLU(D, K * F)
     nn.init.normal_(dense.gate.weight, std=0.05)
     layers: dict[str, nn.Module] = {"dense": dense.to(dtype), "ours": ours}
-    # the experts in the timed type, like transformers'; the router stays float32, as in training
-    ours.experts.to(dtype)
+    if ours.experts.backend == "cpu":
+        plain = build_ours(shape, "torch")
+        plain.load_state_dict(ours.state_dict())
+        layers |= {PLAIN: plain, COMPILED: copy.deepcopy(dense)}
+        for part in layers[COMPILED].modules():
+            part.compiled = True  # type: ignore[assignment]
+    for layer in layers.values():
+        if isinstance(layer, MoELayer):
+            layer.experts.to(dtype)  # the timed type, like transformers'; the router stays float32, as in training
     layers |= {f"transformers {name}": module for name, module in modules.items()} | others
 
     def tokens(index: int) -> Tensor:

@@ -11,6 +11,10 @@ from typing import Any
 from bench_common import Ratio
 
 NAME = "bench_layer"
+PLAIN, COMPILED = "ours, backend torch", "dense, backend cpu"
+"""Without the compiled kernels, and the dense layer with them; not there where there is no compiler."""
+_SHOWN = ("ours", PLAIN, COMPILED, "products", "transformers grouped_mm", "transformers eager")
+"""Columns, after the dense layer's, which is 1."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,15 @@ def _groups(rows: list[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list[
 
 def table(rows: list[Row]) -> list[str]:
     """A line per type and shape, of one number of threads and one kind of tokens."""
+    timed = {row.contender for row in rows}
+    shown = [name for name in _SHOWN if name in timed]
     lines = [
-        "| type | T, D, F, E, K | ours | products alone | transformers grouped_mm | transformers eager | ours / their best |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| type | T, D, F, E, K | {' | '.join(shown)} | ours / their best |",
+        "| --- | --- |" + " --- |" * (len(shown) + 1),
     ]
     for (dtype, shape), group in _groups(rows, lambda row: (row.dtype, row.shape)):
         by_name = {row.contender: row.share for row in group}
-        shares = [by_name[name] for name in ("ours", "products", "transformers grouped_mm", "transformers eager")]
+        shares = [by_name[name] for name in shown]
         cells = [dtype, ", ".join(map(str, shape)), *map(str, shares), str(best_peer(group).ours)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -81,8 +87,7 @@ def table(rows: list[Row]) -> list[str]:
 
 def peers_table(rows: list[Row]) -> list[str]:
     """A line per type and shape of what other projects' layers reached; empty where none was timed."""
-    fixed = ("ours", "dense", "products", "transformers grouped_mm", "transformers eager")
-    names = list(dict.fromkeys(row.contender for row in rows if row.contender not in fixed))
+    names = list(dict.fromkeys(row.contender for row in rows if row.contender not in (*_SHOWN, "dense")))
     if not names:
         return []
     columns = [column for name in names for column in (name, f"ours / {name}")]

@@ -15,16 +15,23 @@
 
 #if defined(__AVX512F__)
 enum { VL = 16, MR = 12 };
+#define LANES {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 #elif defined(__AVX2__)
 enum { VL = 8, MR = 6 };
+#define LANES {0, 1, 2, 3, 4, 5, 6, 7}
 #else
 enum { VL = 4, MR = 8 };
+#define LANES {0, 1, 2, 3}
 #endif
 enum { NR = 2 * VL, BYTES = 4 * VL };
+
+#define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(BYTES)));
 typedef float loose __attribute__((vector_size(BYTES), aligned(4))); /* of any address */
 typedef int32_t ints __attribute__((vector_size(BYTES)));
+
+static const ints lane = LANES;
 
 typedef struct {
     vec at[MR][2];
@@ -91,60 +98,65 @@ static inline void put(const tile *sum, float *out, long stride, long rows, long
 #endif
 
 #ifdef HAS_SHUFFLE
-/* VL x VL elements in registers: halves, then quarters, ... change places across the diagonal */
-static inline void transpose(vec row[VL]) {
-#pragma GCC unroll 4
-    for (int half = VL / 2; half; half /= 2) {
-        ints upper, lower;
+/* columns `apart` from one another change places between rows as far apart; indices are constants once it is inlined */
+INLINE void exchange(vec row[VL], int apart) {
+    const ints upper = lane + (((lane & apart) != 0) & (VL - apart)), lower = upper + apart;
 #pragma GCC unroll 16
-        for (int j = 0; j < VL; j++) {
-            upper[j] = j & half ? VL + j - half : j;
-            lower[j] = j & half ? VL + j : j + half;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; i++)
-            if (!(i & half)) {
-                const vec a = row[i], b = row[i + half];
-                row[i] = __builtin_shuffle(a, b, upper);
-                row[i + half] = __builtin_shuffle(a, b, lower);
-            }
+    for (int i = 0; i < VL; i++) {
+        if (i & apart) continue;
+        const vec a = row[i], b = row[i + apart];
+        row[i] = __builtin_shuffle(a, b, upper);
+        row[i + apart] = __builtin_shuffle(a, b, lower);
     }
 }
 
-/* The part of pack_rows below that is whole squares; returns how many k it did. Where `size` is no multiple of VL a row of the panel is
- * stored together with what the next row overwrites, and SLACK elements after the panel. */
-static inline long pack_squares(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+/* VL x VL elements in registers: halves, then quarters, ... change places across the diagonal */
+INLINE void transpose(vec row[VL]) {
+    if (VL > 8) exchange(row, 8);
+    if (VL > 4) exchange(row, 4);
+    exchange(row, 2);
+    exchange(row, 1);
+}
+
+/* The part of pack_rows below that is whole squares of `size` rows; returns how many k it did. Where `size` is no multiple of VL a row of
+ * the panel is stored together with what the next row overwrites, and SLACK elements after the panel. */
+INLINE long pack_squares(const float *source, long stride, const int64_t *index, long K, int size, float *panel) {
     const long whole = K / VL * VL;
-    for (long k = 0; k < whole; k += VL)
-        for (int first = 0; first < size; first += VL) {
-            vec row[VL];
+    for (long begin = 0; begin < whole; begin += 4 * VL) /* a few lines of each row: more streams than the processor follows by itself */
+        for (int first = 0; first < size; first += VL)
+            for (long k = begin; k < least(whole, begin + 4 * VL); k += VL) {
+                vec row[VL];
+                const float *from = source + first * stride + k;
 #pragma GCC unroll 16
-            for (int i = 0; i < VL; i++) {
-                const float *from = source + (index ? index[first + i < n ? first + i : 0] : first + i) * stride + k;
-                row[i] = first + i < n && first + i < size ? load(from) : (vec){0};
-                __builtin_prefetch(from + 4 * VL); /* more streams than the processor follows by itself */
+                for (int i = 0; i < VL; i++) {
+                    row[i] = (vec){0};
+                    if (first + i >= size) continue;
+                    if (index) from = source + index[first + i] * stride + k;
+                    row[i] = load(from);
+                    from += stride;
+                }
+                transpose(row);
+                float *to = panel + k * size + first;
+#pragma GCC unroll 16
+                for (int i = 0; i < VL; i++) store(to + i * size, row[i]);
             }
-            transpose(row);
-#pragma GCC unroll 16
-            for (int i = 0; i < VL; i++) store(panel + (k + i) * size + first, row[i]);
-        }
     return whole;
 }
 #else
-static inline long pack_squares(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
-    return 0;
-}
+INLINE long pack_squares(const float *source, long stride, const int64_t *index, long K, int size, float *panel) { return 0; }
 #endif
 enum { SLACK = VL };
 
 /* panel[k][i] = source row i, element k, for i < n of `size`, zeros after; rows are `stride` apart, or at `index` times stride. Up to SLACK
  * elements after the panel are overwritten. */
-static inline void pack_rows(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
-    const long done = pack_squares(source, stride, index, n, K, size, panel);
-    for (int i = 0; i < size; i++) {
-        const float *row = source + (i < n ? (index ? index[i] : i) * stride : 0);
-        for (long k = done; k < K; k++) panel[k * size + i] = i < n ? row[k] : 0;
-    }
+INLINE void pack_rows(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+    long done = 0;
+    if (n >= size) done = index ? pack_squares(source, stride, index, K, size, panel) : pack_squares(source, stride, NULL, K, size, panel);
+    for (long first = done; first < K; first += 16)
+        for (int i = 0; i < size; i++) {
+            const float *row = source + (i < n ? (index ? index[i] : i) * stride : 0);
+            for (long k = first; k < least(first + 16, K); k++) panel[k * size + i] = i < n ? row[k] : 0;
+        }
 }
 
 /* panel[k][i] = source row k, element i: the same of a transposed matrix, whose row k is at k or index[k] times stride */
