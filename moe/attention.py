@@ -9,20 +9,27 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from moe.config.schema import GroupedQueryAttention, LatentAttention, Llama3Scaling, Model, Rotary
 from moe.errors import UserError
-from moe.moe_layer import Linear
+from moe.moe_layer import Linear, fits
 from moe.parallel.parts import part_here, used_by_heads
 from moe.parallel.ulysses import Ulysses
 from moe_cpu.attention import causal_attention, unsupported
+from moe_cpu.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32, returned in x's type (arXiv 1910.07467)."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32, returned in x's type (arXiv 1910.07467).
+
+    `compiled`: float32 on a CPU is moe_cpu's.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.compiled = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.compiled and x.is_contiguous() and fits(x, self.weight):
+            return rms_norm(x, self.weight, self.eps)
         dtype = torch.promote_types(x.dtype, torch.float32)
         return nn.functional.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
 
@@ -174,7 +181,7 @@ class GroupedQuery(nn.Module):
         if self.query_norm is not None and self.key_norm is not None and self.config.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
         plain = mask is None and past is None and self.context is None and self.sink_N is None
-        if self.compiled and plain and unsupported(query, key, value, *cos_sin) is None:
+        if self.compiled and plain and fits(query, key) and unsupported(query, key, value, *cos_sin) is None:
             return self.out(causal_attention(query, key, value, self.scale, cos_sin).transpose(1, 2).flatten(2))
         query, key = rotate(query, cos_sin), rotate(key, cos_sin)
         if past is not None:

@@ -215,7 +215,7 @@ class Model:
     lora: Lora | None = None
     """Adapters on a base that is frozen, as `moe lora` sets them; none trains every weight."""
     backend: Literal["auto", "torch", "cpu"] = "auto"
-    """What computes attention, dense layers and the head: torch's operators, or `cpu`, kernels compiled for this processor
+    """What computes attention, norms, dense layers and the head: torch's operators, or `cpu`, kernels compiled for this processor
     (float32; what they have not is torch's). `auto`: `cpu` where there is a C compiler and no GPU. Experts: moe.backend."""
     norm_eps: PositiveFloat = 1e-6
     """Added to the mean square inside every RMSNorm."""
