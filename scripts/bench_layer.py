@@ -8,10 +8,11 @@ is reported is each contender's speed as a share of the dense layer's: the media
 with quartiles. The contenders that compute the same function are compared first; if they disagree nothing is timed.
 
 `--tokens same` gives every round the same tokens, `new` others: then experts have other numbers of rows each time, as they
-have in training. `products` is the floor: nothing but the matrix products of each expert's size, forward and backward, one
-after another by torch into memory that is there. `dense` is torch's as well; beside it the dense layer by our
-compiled kernels, and our layer without them (`moe.backend=torch`). `--issue` is all of it: both types at one thread and at two, new tokens at one.
-`--peers` adds other projects' layers, those that are installed or those named; bench_layer_peers.py says how each differs.
+have in training. `dense` is computed by torch; beside it the dense layer by our compiled kernels, and our layer without
+them (`moe.backend=torch`). `products` is the floor of torch's own: nothing but the matrix products of each expert's size,
+forward and backward, one after another into memory that is there. `--issue` is all of it: both types at one thread and at
+two, new tokens at one. `--peers` adds other projects' layers, those that are installed or those named;
+bench_layer_peers.py says how each differs.
 """
 
 import copy
@@ -19,6 +20,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Literal
 
 import torch
 import transformers
@@ -41,7 +43,7 @@ AGREEMENT = {"float32": (0.99, 1e-4), "bfloat16": (0.5, 5e-2)}
 in float32: in bfloat16 a token whose K-th and next expert are close may go to the other one, in both directions."""
 
 
-def build_ours(shape: tuple[int, ...], backend: str = "auto") -> MoELayer:
+def build_ours(shape: tuple[int, ...], backend: Literal["auto", "torch"] = "auto") -> MoELayer:
     """Our layer: softmax, top-k, renormalised; the losses' weights are 0 as transformers' block computes none."""
     _, D, F, E, K = shape
     router = TopK(balance=Balance(weight=0.0), z_weight=0.0)
