@@ -6,7 +6,13 @@
  */
 #ifndef MOE_CPU_EXPERTS_H
 #define MOE_CPU_EXPERTS_H
-#include "tiles.h"
+#include "element.h"
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_thread_num(void) { return 0; }
+static inline int omp_get_num_threads(void) { return 1; }
+#endif
 
 enum { CHUNK = 1024, TASK = 48, LIMIT = 1 << 21, MOST = 256 };
 
@@ -15,33 +21,41 @@ typedef struct {
     const int64_t *offsets; /* [E + 1] */
     const int64_t *token;   /* [P] */
     const float *weight;    /* [P] */
-    const float *x;         /* [T, D] */
-    const float *gate, *up; /* [E, D, F] */
-    const float *down;      /* [E, F, D] */
+    const element *x;         /* [T, D] */
+    const element *gate, *up; /* [E, D, F] */
+    const element *down;      /* [E, F, D] */
 } layer;
 
 typedef struct {
     int slot;          /* whose packed weights */
     long expert, start; /* first row, of all */
     long offset, rows; /* first row within the group */
+    long unit;         /* the same, where rows are packed in units */
 } chunk;
 
 typedef struct {
     int chunks, slots, tasks;
-    long start, rows;
+    long start, rows, units;
     chunk at[MOST];
     long expert_of[MOST];                 /* by slot */
+    long order_of[MOST];                  /* among the experts that have rows */
     int first_of[MOST + 1];               /* a slot's chunks are first_of[slot] .. first_of[slot + 1] */
     int first_task[MOST + 1];             /* of a chunk */
 } group;
 
 typedef struct {
-    long expert, row;
+    long expert, row, opened;
 } place;
+
+/* how many experts' weights a group has at most; those of one expert whatever their size */
+static inline long most_slots(const layer *of) {
+    const long size = units(3 * of->D * of->F);
+    return size > LIMIT ? 1 : least(MOST, size ? LIMIT / size : MOST);
+}
 
 /* The next rows after `at` into `found`; 0 when there are none. `columns`: what a row needs of scratch memory. */
 static inline int next_group(const layer *of, place *at, long columns, group *found) {
-    const long weights = 3 * of->D * of->F;
+    const long most = most_slots(of);
     *found = (group){.start = -1};
     for (; at->expert < of->E; at->expert++, at->row = 0) {
         const long first = of->offsets[at->expert], count = of->offsets[at->expert + 1] - first;
@@ -49,19 +63,22 @@ static inline int next_group(const layer *of, place *at, long columns, group *fo
         while (at->row < count) {
             const long rows = least(even, count - at->row);
             const int fresh = !found->slots || found->expert_of[found->slots - 1] != at->expert;
-            if (found->chunks && (found->chunks == MOST || (found->rows + rows) * columns > LIMIT || (found->slots + fresh) * weights > LIMIT))
+            if (found->chunks && (found->chunks == MOST || (found->rows + rows) * columns > LIMIT || found->slots + fresh > most))
                 return 1;
             if (fresh) {
+                at->opened += !at->row;
                 found->first_of[found->slots] = found->chunks;
+                found->order_of[found->slots] = at->opened;
                 found->expert_of[found->slots++] = at->expert;
             }
             if (!found->chunks) found->start = first + at->row;
-            found->at[found->chunks] = (chunk){found->slots - 1, at->expert, first + at->row, found->rows, rows};
+            found->at[found->chunks] = (chunk){found->slots - 1, at->expert, first + at->row, found->rows, rows, found->units};
             found->first_task[found->chunks++] = found->tasks;
             found->first_of[found->slots] = found->chunks;
             found->tasks += blocks(rows, TASK);
             found->first_task[found->chunks] = found->tasks;
             found->rows += rows;
+            found->units += units(rows);
             at->row += rows;
         }
     }

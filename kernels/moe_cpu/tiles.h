@@ -28,7 +28,7 @@ enum { NR = 2 * VL, BYTES = 4 * VL };
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(BYTES)));
-typedef float loose __attribute__((vector_size(BYTES), aligned(4))); /* of any address */
+typedef float loose __attribute__((vector_size(BYTES), aligned(1), may_alias)); /* of any address and type */
 typedef int32_t ints __attribute__((vector_size(BYTES)));
 
 static const ints lane = LANES;
@@ -118,21 +118,22 @@ INLINE void transpose(vec row[VL]) {
     exchange(row, 1);
 }
 
-/* The part of pack_rows below that is whole squares of `size` rows; returns how many k it did. Where `size` is no multiple of VL a row of
+/* The part of pack_words below that is whole squares of `size` rows; returns how many k it did. Where `size` is no multiple of VL a row of
  * the panel is stored together with what the next row overwrites, and SLACK elements after the panel. */
-INLINE long pack_squares(const float *source, long stride, const int64_t *index, long K, int size, float *panel) {
+INLINE long pack_squares(const char *source, long stride, const int64_t *index, long K, int size, float *panel) {
     const long whole = K / VL * VL;
     for (long begin = 0; begin < whole; begin += 4 * VL) /* a few lines of each row: more streams than the processor follows by itself */
         for (int first = 0; first < size; first += VL)
             for (long k = begin; k < least(whole, begin + 4 * VL); k += VL) {
                 vec row[VL];
-                const float *from = source + first * stride + k;
+                const long at = k * (long)sizeof(float);
+                const char *from = source + first * stride + at;
 #pragma GCC unroll 16
                 for (int i = 0; i < VL; i++) {
                     row[i] = (vec){0};
                     if (first + i >= size) continue;
-                    if (index) from = source + index[first + i] * stride + k;
-                    row[i] = load(from);
+                    if (index) from = source + index[first + i] * stride + at;
+                    row[i] = load((const float *)from);
                     from += stride;
                 }
                 transpose(row);
@@ -143,25 +144,34 @@ INLINE long pack_squares(const float *source, long stride, const int64_t *index,
     return whole;
 }
 #else
-INLINE long pack_squares(const float *source, long stride, const int64_t *index, long K, int size, float *panel) { return 0; }
+INLINE long pack_squares(const char *source, long stride, const int64_t *index, long K, int size, float *panel) { return 0; }
 #endif
 enum { SLACK = VL };
 
-/* panel[k][i] = source row i, element k, for i < n of `size`, zeros after; rows are `stride` apart, or at `index` times stride. Up to SLACK
- * elements after the panel are overwritten. */
-INLINE void pack_rows(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+/* panel[k][i] = source row i, word k of 32 bits, for i < n of `size`, zeros after; rows are `stride` bytes apart, or at `index` times
+ * stride. Up to SLACK elements after the panel are overwritten. */
+INLINE void pack_words(const void *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
     long done = 0;
     if (n >= size) done = index ? pack_squares(source, stride, index, K, size, panel) : pack_squares(source, stride, NULL, K, size, panel);
     for (long first = done; first < K; first += 16)
         for (int i = 0; i < size; i++) {
-            const float *row = source + (i < n ? (index ? index[i] : i) * stride : 0);
-            for (long k = first; k < least(first + 16, K); k++) panel[k * size + i] = i < n ? row[k] : 0;
+            const char *row = (const char *)source + (i < n ? (index ? index[i] : i) * stride : 0);
+            for (long k = first; k < least(first + 16, K); k++) {
+                panel[k * size + i] = 0;
+                if (i < n) memcpy(panel + k * size + i, row + k * sizeof(float), sizeof(float));
+            }
         }
 }
 
-/* panel[k][i] = source row k, element i: the same of a transposed matrix, whose row k is at k or index[k] times stride */
-static inline void pack_columns(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
-    for (long k = 0; k < K; k++, panel += size) {
+/* the same of float32, `stride` elements apart */
+INLINE void pack_rows(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+    pack_words(source, stride * (long)sizeof(float), index, n, K, size, panel);
+}
+
+/* panel[k][i] = source row k, element i: the same of a transposed matrix, whose row k is at k or index[k] times stride; the panel's rows
+ * are `pitch` apart */
+static inline void pack_apart(const float *source, long stride, const int64_t *index, long n, long K, int size, int pitch, float *panel) {
+    for (long k = 0; k < K; k++, panel += pitch) {
         const float *row = source + (index ? index[k] : k) * stride;
         if (n >= size) {
             memcpy(panel, row, sizeof(float) * size);
@@ -169,6 +179,10 @@ static inline void pack_columns(const float *source, long stride, const int64_t 
             for (int i = 0; i < size; i++) panel[i] = i < n ? row[i] : 0;
         }
     }
+}
+
+static inline void pack_columns(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+    pack_apart(source, stride, index, n, K, size, size, panel);
 }
 
 /* elementwise mask ? a : b, where a comparison of vectors made the mask */

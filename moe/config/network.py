@@ -180,7 +180,8 @@ class MoE:
     """Who goes where; see `moe/routers`."""
     backend: Literal["auto", "reference", "torch", "cpu", "triton", "block_sparse"] = "auto"
     """What computes the experts; `auto` (`cpu` where there is a C compiler and no GPU, otherwise `torch`) is resolved once at the
-    start, printed and recorded. `cpu`: kernels compiled for this processor, float32; what they have not is torch's."""
+    start, printed and recorded. `cpu`: kernels compiled for this processor, float32 and, with AVX512_BF16, bfloat16; the
+    rest is torch's."""
     precision: Literal["native", "fp8_row", "fp8_block"] = "native"
     """Operands of the experts' products and of those for their inputs' gradient: the model's own type, or e4m3 with a scale
     per row or per block (`triton`; `reference` rounds the same way and multiplies in float32). Weights' gradients: native."""

@@ -39,7 +39,7 @@ def expert_ffn(
     """Apply the experts and sum their weighted outputs per token: y_TD, of x_TD's type. Weights stacked or packed.
 
     Biases [E, F], [E, F] and [E, D], of stacked weights only. `compiled`: by moe_cpu's kernels where they have it: SwiGLU without
-    biases in float32 on a CPU, stacked weights, weighted outputs.
+    biases on a CPU, in float32 or a bfloat16 that the processor multiplies, stacked weights, weighted outputs.
     """
     weights = (w_gate, w_up, w_down)
     learned = (x_TD, dispatch.weight_P, *weights, *(biases or ()))
@@ -53,9 +53,8 @@ def expert_ffn(
         widths = list(packed.widths)
     kind = activation or Activation()
     simple = kind.name == "swiglu" and biases is None and w_up.ndim == 3 and not on_input
-    native = (
-        compiled and simple and x_TD.device.type == "cpu" and all(t.dtype == torch.float32 for t in (x_TD, *weights))
-    )
+    one_type = all(t.dtype == x_TD.dtype for t in weights)
+    native = compiled and simple and x_TD.device.type == "cpu" and one_type
     return _forward(x_TD, *weights, *(biases or (None, None, None)), *rows, widths, on_input, keep, *kind, native)[0]
 
 
@@ -87,7 +86,7 @@ def _forward(
     limit: float,
     native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if native:
+    if native and cpu_experts.computes(x_TD.dtype):
         return cpu_experts.forward(x_TD, w_gate, w_up, w_down, token_P, weight_P, offsets_E1, keep)
     blocks, kind = blocks_of(x_TD, offsets_E1, widths), Activation(activation, alpha, limit)
     matrices, scratch = _matrices(w_gate, w_up, w_down, widths), Scratch(x_TD, blocks)
@@ -182,7 +181,7 @@ def _backward(
     limit: float,
     native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if native:
+    if native and cpu_experts.computes(x_TD.dtype):
         kept = (token_P, weight_P, offsets_E1, gate_PF, up_PF)
         *found, dweight_P = cpu_experts.backward(dy_TD, x_TD, w_gate, w_up, w_down, *kept)
         return (
