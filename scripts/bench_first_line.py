@@ -9,7 +9,8 @@ to the line `step 1/40  loss ...`; the corpus is prepared before, once. Differen
 
 `--clone` begins earlier: it clones the repository's last commit into an empty folder, installs it there as `scripts/quickstart`
 does (`setup` of scripts/_setup.sh: .venv, pip, every dependency under its pin), and trains recipes/smoke.py until its first loss
-line, its corpus prepared anew. The first round, which is not counted, leaves in pip's cache what has to be downloaded.
+line, its corpus prepared and the processor's kernels compiled anew. The first round, which is not counted, leaves in pip's
+cache what has to be downloaded.
 """
 
 import os
@@ -43,8 +44,9 @@ def _first_line(python: str = sys.executable, root: Path = ROOT, *settings: str)
     with tempfile.TemporaryDirectory() as folder:
         command = ["train", str(root / "recipes/smoke.py"), f"out={folder}/run", "logging.console=plain", *settings]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        if root != ROOT:  # what this process's Python finds is not for a clone's
+        if root != ROOT:  # what this process's Python finds is not for a clone's, and its kernels are not compiled yet
             environment.pop("PYTHONPATH", None)
+            environment["MOE_CPU_CACHE"] = f"{folder}/kernels"
         with subprocess.Popen(
             [python, "-m", "moe", *command], stdout=subprocess.PIPE, text=True, env=environment, cwd=root
         ) as run:
