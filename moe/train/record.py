@@ -10,6 +10,7 @@ from typing import IO
 
 import torch
 
+from moe.backend import compiled
 from moe.config.load import dump
 from moe.config.schema import Run
 from moe.errors import CheckpointError, ConfigError
@@ -71,6 +72,7 @@ def write_run(out: Path, run: Run, ranks: Ranks, backend: str, fingerprint: str)
         "threads": torch.get_num_threads(),
         "world_size": ranks.world_size,
         "backend": backend,
+        "model_backend": "cpu" if compiled(run.model.backend) else "torch",
         "data_fingerprint": fingerprint,
         "device": _device_name(ranks.device),
         "hostname": platform.node(),
