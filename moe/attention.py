@@ -238,12 +238,13 @@ class GroupedQuery(nn.Module):
 class Latent(nn.Module):
     """Multi-head latent attention; keys and values are expanded from a vector of rank kv_rank.
 
-    `context`: see GroupedQuery; `tensor`: the ranks that share the heads, set there too.
+    `context` and `compiled`: see GroupedQuery; `tensor`: the ranks that share the heads, set where `context` is.
     """
 
     def __init__(self, config: LatentAttention, model: Model):
         super().__init__()
         self.context: Ulysses | None = None
+        self.compiled = False
         D, N = model.dim, config.num_heads
         self.config = config
         self.tensor: DeviceMesh | None = None
@@ -282,7 +283,10 @@ class Latent(nn.Module):
         if self.context is not None:
             query, key, value = self.context.to_heads(query, key, value)
         causal = mask is None and query.shape[2] == key.shape[2]
-        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale)
+        if self.compiled and causal and fits(query, key, value) and unsupported(query, key, value) is None:
+            out = causal_attention(query, key, value, self.scale)
+        else:
+            out = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale)
         if self.context is not None:
             out = self.context.to_tokens(out)
         return self.out(out.transpose(1, 2).flatten(2))

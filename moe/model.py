@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         self.head = Linear(config.dim, config.vocab_size, bias=False) if last and not config.tied_head else None
         self.compiled = compiled(config.backend)
         for module in self.modules():
-            if isinstance(module, Linear | GroupedQuery | RMSNorm):
+            if isinstance(module, Linear | GroupedQuery | Latent | RMSNorm):
                 module.compiled = self.compiled
         initialise(self, seed=seed, std=config.init_std, residual_scale=residual_scale, skip=".moe.")
         if config.lora is not None:

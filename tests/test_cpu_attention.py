@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from moe.attention import GroupedQuery, RotaryEmbedding, rotate
-from moe.config.schema import GroupedQueryAttention, Model
+from moe.attention import GroupedQuery, Latent, RotaryEmbedding, rotate
+from moe.config.schema import GroupedQueryAttention, LatentAttention, Model
 from moe_cpu.attention import causal_attention
 
 # B, N, M, S, D, V
@@ -194,14 +194,19 @@ def test_what_does_not_fit_is_refused(tensors, angles, message):
         causal_attention(*tensors, 1.0, angles)
 
 
-def test_a_models_attention_with_it_is_the_same(monkeypatch):
+CONFIGS = {
+    "grouped": GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8),
+    "latent": LatentAttention(num_heads=4, q_rank=16, kv_rank=16, nope_dim=8, rope_dim=8, value_dim=12),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_models_attention_with_it_is_the_same(kind, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "moe.attention.causal_attention", lambda *given: (calls.append(given), causal_attention(*given))[1]
-    )
-    config = GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8)
-    model = Model(vocab_size=64, num_layers=1, ffn_hidden=32, dim=32, attention=config)
-    attention = GroupedQuery(config, model)
+    counted = lambda *given: (calls.append(given), causal_attention(*given))[1]  # noqa: E731
+    monkeypatch.setattr("moe.attention.causal_attention", counted)
+    model = Model(vocab_size=64, num_layers=1, ffn_hidden=32, dim=32, attention=CONFIGS[kind])
+    attention = (GroupedQuery if kind == "grouped" else Latent)(CONFIGS[kind], model)
     x = torch.randn(2, 30, 32, requires_grad=True)
     cos_sin = RotaryEmbedding(model.rotary, 8)(torch.arange(30))
     results = []
