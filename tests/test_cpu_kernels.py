@@ -1,8 +1,10 @@
 """The compiled CPU kernels against torch in float64, on awkward shapes; needs a C compiler, which torch.compile needs as well."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,3 +140,16 @@ def test_cross_entropy_passes_nan_on_and_refuses_targets_beyond_the_classes():
     ]
     with pytest.raises(ValueError, match="target 40 is none of 40 classes"):
         cross_entropy_(logits, torch.full((3,), 40), gradient=False)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("flags", ["-march=haswell", "-march=x86-64"], ids=["avx2", "sse2"])
+def test_narrower_vectors_pass_the_same_tests(flags, tmp_path):
+    if platform.machine() != "x86_64":
+        pytest.skip("flags of x86-64 processors")
+    here = Path(__file__).parent
+    tests = [str(path) for path in sorted(here.glob("test_cpu_*.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *tests]
+    environment = {**os.environ, "MOE_CPU_FLAGS": flags, "MOE_CPU_CACHE": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here.parent, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -17,7 +17,12 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", "-fPIC", "-Wall")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", "-fPIC", "-Wall")
+
+
+def _flags() -> tuple[str, ...]:
+    """What every file is compiled with; `$MOE_CPU_FLAGS` comes last, as in `-march=haswell` for a machine without AVX-512."""
+    return (*_FLAGS, *os.environ.get("MOE_CPU_FLAGS", "").split())
 
 
 class CannotCompile(RuntimeError):
@@ -51,7 +56,7 @@ def _build(target: Path, compiler: str, sources: list[Path]) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         made = Path(folder) / target.name
-        flags = [*FLAGS, "-fopenmp"] if openmp else FLAGS
+        flags = [*_flags(), "-fopenmp"] if openmp else _flags()
         commands = [[compiler, *flags, "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True)]
         # -fopenmp is left out here: it would link the compiler's own OpenMP, a second pool of threads
         commands.append([compiler, "-shared", *objects, "-o", str(made), *([str(openmp)] if openmp else [])])
@@ -68,7 +73,7 @@ def library() -> ctypes.CDLL:
     sources = sorted(FOLDER.glob("*.c"))
     compiler = _compiler()
     texts = [path.read_bytes() for path in (*sources, *sorted(FOLDER.glob("*.h")))]
-    named = "\n".join((compiler, *FLAGS, str(_openmp()), _processor())).encode()
+    named = "\n".join((compiler, *_flags(), str(_openmp()), _processor())).encode()
     key = hashlib.sha256(b"\0".join((*texts, named))).hexdigest()[:16]
     folder = Path(os.environ.get("MOE_CPU_CACHE", "~/.cache/moe-lab/cpu")).expanduser()
     target = folder / f"kernels-{key}.so"
