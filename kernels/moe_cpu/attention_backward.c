@@ -16,7 +16,7 @@ typedef struct {
 
 static size_t sums_size(sizes z) { return (size_t)round_up(z.S, BLOCK) * (round_up(z.D, VL) + round_up(z.V, VL)); }
 
-/* places in memory at `from`, or the number of elements needed */
+/* places in memory at `from`, if that is any; returns the number of elements needed */
 static size_t divide(space *space, sizes z, float *from) {
     const long S = round_up(z.S, BLOCK), D = round_up(z.D, VL), V = round_up(z.V, VL);
     float **places[] = {&space->keys_turned, &space->values_turned, &space->keys,    &space->queries_turned, &space->grads_turned, &space->queries,
@@ -168,7 +168,8 @@ int moe_cpu_attention_backward(const sizes *given, float scale, const tensors *x
     const long heads = z.B * z.M, D = round_up(z.D, VL), S = round_up(z.S, BLOCK);
     if (!heads || !z.N || !z.S) return 0;
     const long parts = heads >= 8 ? 1 : least(blocks(z.S, BLOCK) * (z.N / z.M), blocks(16, heads));
-    const size_t sums = sums_size(z), needed = divide(NULL, z, NULL);
+    space nowhere;
+    const size_t sums = sums_size(z), needed = divide(&nowhere, z, NULL);
     float *shared = parts > 1 ? scratch(&all, &all_size, sums * parts * heads) : NULL;
     if (parts > 1 && !shared) return 1;
     int failed = 0;
