@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from compiler import NEEDS_COMPILER
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from moe.attention import GroupedQuery, Latent, RotaryEmbedding, rotate
 from moe.config.schema import GroupedQueryAttention, LatentAttention, Model
 from moe_cpu.attention import causal_attention
+
+pytestmark = NEEDS_COMPILER
 
 # B, N, M, S, D, V
 SIZES = [

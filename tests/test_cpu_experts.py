@@ -5,6 +5,7 @@ The backend itself is in tests/test_experts.py, beside the others.
 
 import pytest
 import torch
+from compiler import NEEDS_COMPILER
 from torch import Tensor
 from torch.nn.functional import pad, silu
 
@@ -12,6 +13,8 @@ from moe.errors import BackendError
 from moe.experts import resolve_backend
 from moe_cpu import experts
 from moe_cpu.library import library
+
+pytestmark = NEEDS_COMPILER
 
 CASES = [
     (1, 8, 8, 2, 1),

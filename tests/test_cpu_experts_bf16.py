@@ -6,12 +6,15 @@ numbers, of which torch may err less by luck, four such roundings: of gate, up, 
 
 import pytest
 import torch
+from compiler import NEEDS_COMPILER
 from test_cpu_experts import CASES, in_float64, rows, weights
 from torch import Tensor
 
 from moe.experts.torch_backend import expert_ffn
 from moe.routing import Dispatch
 from moe_cpu import experts
+
+pytestmark = NEEDS_COMPILER
 
 has_kernels = pytest.mark.skipif(
     not experts.computes(torch.bfloat16), reason="the processor (or its compiler, which must be gcc) has no AVX512_BF16"

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiler import NEEDS_COMPILER
 
 from moe_cpu.cross_entropy import cross_entropy_
 from moe_cpu.library import CannotCompile, library
 from moe_cpu.product import linear, product
+
+pytestmark = NEEDS_COMPILER
 
 SIZES = [
     (1, 1, 1),

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from compiler import NEEDS_COMPILER
 from torch import Tensor
 
 from moe.attention import RMSNorm
 from moe_cpu.norm import rms_norm
+
+pytestmark = NEEDS_COMPILER
 
 SHAPES = [(1, 1), (3, 7), (2, 5, 16), (63, 24), (65, 257), (130, 64), (0, 8)]
 

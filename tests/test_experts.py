@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from compiler import CPU
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -25,7 +26,7 @@ SHAPES = {
     (0, 8, 8, 4, 2): "no tokens",
     (1, 8, 8, 1, 1): "one of each",
 }
-RUNNABLE = ("reference", "torch", "cpu")  # triton's own tests run it under its interpreter
+RUNNABLE = ("reference", "torch", CPU)  # triton's own tests run it under its interpreter
 CLAMPED = Activation("swiglu_oai", alpha=1.3, limit=0.8)
 """Inputs are of unit scale: this limit cuts off a fifth of the gates and two fifths of what they multiply."""
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}

@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -50,20 +51,24 @@ def _openmp() -> Path | None:
     return next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
 
 
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotCompile(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+
+
 def _build(target: Path, compiler: str, sources: list[Path]) -> None:
+    """Compile the files at the same time, and link them."""
     openmp = _openmp()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder, ThreadPoolExecutor() as pool:
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
-        made = Path(folder) / target.name
+        made = str(Path(folder) / target.name)
         flags = [*_flags(), "-fopenmp"] if openmp else _flags()
         commands = [[compiler, *flags, "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True)]
+        list(pool.map(_run, commands))
         # -fopenmp is left out here: it would link the compiler's own OpenMP, a second pool of threads
-        commands.append([compiler, "-shared", *objects, "-o", str(made), *([str(openmp)] if openmp else [])])
-        for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise CannotCompile(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        _run([compiler, "-shared", *objects, "-o", made, *([str(openmp)] if openmp else [])])
         os.replace(made, target)  # whole or not at all, also where two processes compile at once
 
 
