@@ -30,8 +30,16 @@ static inline void panel_of_rows(const float *source, long stride, const int64_t
     pack_rows(source, stride, index, n, K, size, panel);
 }
 
-static inline void panel_of_columns(const float *source, long stride, const int64_t *index, long n, long K, int size, int pitch, float *panel) {
-    pack_apart(source, stride, index, n, K, size, pitch, panel);
+static inline void panel_of_columns(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+    pack_columns(source, stride, index, n, K, size, panel);
+}
+
+/* NR columns as halves of two panels, `apart` from one another, of rows of NR units */
+static inline void half_panels_of_columns(const float *source, long stride, long n, long K, long apart, float *panel) {
+    for (long k = 0; k < K; k++, source += stride, panel += NR) {
+        *(vec *)panel = load_part(source, n, 0);
+        if (n > VL) *(vec *)(panel + apart) = load_part(source + VL, n - VL, 0);
+    }
 }
 
 static inline vec unit_of(const vec rows[PAIR]) { return rows[0]; }
@@ -62,7 +70,8 @@ static inline void write_part(element *to, vec value, long n) {
         _mm256_mask_storeu_epi16(to, first_lanes(n), rounded);
 }
 
-static inline tile multiply_units(long depth, const float *restrict a, const float *restrict b) {
+/* not inlined: gcc would keep some of the sums in memory */
+static __attribute__((noinline)) tile multiply_units(long depth, const float *restrict a, const float *restrict b) {
     __m512 sum[MR][2];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
@@ -93,14 +102,30 @@ static inline void panel_of_rows(const element *source, long stride, const int64
         }
 }
 
-static inline void panel_of_columns(const element *source, long stride, const int64_t *index, long n, long K, int size, int pitch, float *panel) {
-    for (long k = 0; k < K; k += PAIR, panel += pitch) {
-        const element *row = source + (index ? index[k] : k) * stride, *next = k + 1 < K ? source + (index ? index[k + 1] : k + 1) * stride : row;
-        for (int i = 0; i < size; i += VL) {
-            const long here = least(n, size) - i;
-            const __m512i high = raw(next + i, k + 1 < K ? here : 0);
-            _mm512_storeu_si512(panel + i, _mm512_or_si512(raw(row + i, here), _mm512_slli_epi32(high, 16)));
-        }
+/* NR elements of two rows beside each other, of which there are n; without `next` zeros for the second */
+static inline void interleave(const element *row, const element *next, long n, float *left, float *right) {
+    static const uint16_t lanes[NR] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_loadu_si512(lanes), high = _mm512_add_epi16(low, _mm512_set1_epi16(VL));
+    const __mmask32 there = n >= NR ? 0xffffffff : n <= 0 ? 0 : ((__mmask32)1 << n) - 1;
+    const __m512i a = _mm512_maskz_loadu_epi16(there, row), b = _mm512_maskz_loadu_epi16(next ? there : 0, next ? next : row);
+    _mm512_storeu_si512(left, _mm512_permutex2var_epi16(a, low, b));
+    if (right) _mm512_storeu_si512(right, _mm512_permutex2var_epi16(a, high, b));
+}
+
+static inline void panel_of_columns(const element *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+    for (long k = 0; k < K; k += PAIR, panel += size) {
+        const element *row = source + (index ? index[k] : k) * stride, *next = k + 1 < K ? source + (index ? index[k + 1] : k + 1) * stride : NULL;
+        interleave(row, next, least(n, size), panel, size > VL ? panel + VL : NULL);
+    }
+}
+
+/* NR columns as halves of two panels, `apart` from one another, of rows of NR units */
+static inline void half_panels_of_columns(const element *source, long stride, long n, long K, long apart, float *panel) {
+    for (long k = 0; k < K; k += PAIR, source += PAIR * stride, panel += NR) {
+        __builtin_prefetch(source + 16 * stride); /* as many streams as rows: the processor does not follow them by itself */
+        __builtin_prefetch(source + 17 * stride);
+        interleave(source, k + 1 < K ? source + stride : NULL, n, panel, n > VL ? panel + apart : NULL);
     }
 }
 

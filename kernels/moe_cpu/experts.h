@@ -1,8 +1,9 @@
 /* The expert feed-forward network: what forward.c and backward.c share.
  *
  * Rows, sorted by expert, are taken in groups that fit the caches beside the packed weights of their experts: scratch memory is bounded
- * by LIMIT whatever the number of rows and experts. A group has chunks (rows of one expert, at most CHUNK of them, of which the
- * weights' gradients are one product), and a chunk is computed in tasks of TASK rows, which the threads share out among themselves.
+ * by LIMIT for each thread whatever the number of rows and experts. A group has chunks (rows of one expert, at most CHUNK of them, of
+ * which the weights' gradients are one product), and a chunk is computed in tasks of TASK rows, which the threads share out among
+ * themselves. Groups change no sum's order, so neither does the number of threads.
  */
 #ifndef MOE_CPU_EXPERTS_H
 #define MOE_CPU_EXPERTS_H
@@ -14,10 +15,11 @@ static inline int omp_get_thread_num(void) { return 0; }
 static inline int omp_get_num_threads(void) { return 1; }
 #endif
 
-enum { CHUNK = 1024, TASK = 48, LIMIT = 1 << 21, MOST = 256 };
+enum { CHUNK = 1024, TASK = 48, LIMIT = 1 << 19, MOST = 256 };
 
 typedef struct {
     long D, F, E;
+    long limit; /* units of packed weights, or of anything by row, in a group */
     const int64_t *offsets; /* [E + 1] */
     const int64_t *token;   /* [P] */
     const float *weight;    /* [P] */
@@ -50,7 +52,7 @@ typedef struct {
 /* how many experts' weights a group has at most; those of one expert whatever their size */
 static inline long most_slots(const layer *of) {
     const long size = units(3 * of->D * of->F);
-    return size > LIMIT ? 1 : least(MOST, size ? LIMIT / size : MOST);
+    return size > of->limit ? 1 : least(MOST, size ? of->limit / size : MOST);
 }
 
 /* The next rows after `at` into `found`; 0 when there are none. `columns`: what a row needs of scratch memory. */
@@ -63,7 +65,7 @@ static inline int next_group(const layer *of, place *at, long columns, group *fo
         while (at->row < count) {
             const long rows = least(even, count - at->row);
             const int fresh = !found->slots || found->expert_of[found->slots - 1] != at->expert;
-            if (found->chunks && (found->chunks == MOST || (found->rows + rows) * columns > LIMIT || found->slots + fresh > most))
+            if (found->chunks && (found->chunks == MOST || (found->rows + rows) * columns > of->limit || found->slots + fresh > most))
                 return 1;
             if (fresh) {
                 at->opened += !at->row;

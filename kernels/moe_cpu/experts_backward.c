@@ -125,7 +125,7 @@ static void weight_gradients(const layer *of, const work *w, const group *in, in
             const float *panels = w->dhidden + here->unit * 2 * wide;
             const long row = (block - of_down) * TASK;
             for (long i = 0; i < least(TASK, D - row); i += MR)
-                panel_of_columns(of->x + row + i, D, of->token + here->start, D - row - i, here->rows, MR, MR, own + i * depth);
+                panel_of_columns(of->x + row + i, D, of->token + here->start, D - row - i, here->rows, MR, own + i * depth);
             to = (gradient){w->d_gate + of_expert, partial + size, D, F, to.first, to.last};
             add_product(to, row, depth, own, panels);
             to = (gradient){w->d_up + of_expert, partial + 2 * size, D, F, to.first, to.last};
@@ -136,7 +136,7 @@ static void weight_gradients(const layer *of, const work *w, const group *in, in
 
 static void pack_dy(const layer *of, const work *w, const chunk *here, long j) {
     const long D = of->D, at = here->unit * blocks(D, NR) * NR + j * units(here->rows);
-    panel_of_columns(w->dy + j, D, of->token + here->start, D - j, here->rows, NR, NR, w->dy_panels + at);
+    panel_of_columns(w->dy + j, D, of->token + here->start, D - j, here->rows, NR, w->dy_panels + at);
 }
 
 /* dx [T, D], sums in float32, must be zero, and so must the gradients of experts without rows. Returns 0, or 1 where memory is short. */
@@ -146,7 +146,7 @@ int KERNEL(moe_cpu_experts_backward)(long D, long F, long E, const int64_t *offs
                                      int threads) {
     static __thread float *held[6], *own = NULL;
     static __thread size_t sizes[6], own_size = 0;
-    const layer of = {D, F, E, offsets, token, weight, x, w_gate, w_up, w_down};
+    const layer of = {D, F, E, (long)LIMIT * threads, offsets, token, weight, x, w_gate, w_up, w_down};
     const long wide = blocks(F, NR) * NR, deep = blocks(D, NR) * NR, panels = (wide + deep) / NR, row_blocks = blocks(F, TASK) + blocks(D, TASK);
     const long longest = units(D) > 2 * units(F) ? units(D) : 2 * units(F);
     work w = {.dy = dy, .gate = gate, .up = up, .dweight = dweight, .dx = dx, .d_gate = d_gate, .d_up = d_up, .d_down = d_down};

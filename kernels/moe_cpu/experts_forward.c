@@ -5,16 +5,16 @@
  */
 #include "experts.h"
 
-static void pack_forward(const layer *of, long expert, long panel, long first_panels, float *packed) {
-    const long D = of->D, F = of->F;
-    if (panel < first_panels) { /* columns of gate and of up beside each other */
-        const long j = panel * VL;
-        const element *const sides[2] = {of->gate, of->up};
-        for (int side = 0; side < 2; side++)
-            panel_of_columns(sides[side] + expert * D * F + j, F, NULL, F - j, D, VL, NR, packed + panel * units(D) * NR + side * VL);
+/* one of blocks(F, NR) pairs of panels, in which columns of gate and of up are beside each other, or a panel of down */
+static void pack_forward(const layer *of, long expert, long part, float *packed) {
+    const long D = of->D, F = of->F, pairs = blocks(F, NR), panel = units(D) * NR;
+    if (part < pairs) {
+        const long from = expert * D * F + part * NR, n = F - part * NR;
+        half_panels_of_columns(of->gate + from, F, n, D, panel, packed + part * 2 * panel);
+        half_panels_of_columns(of->up + from, F, n, D, panel, packed + part * 2 * panel + VL);
     } else {
-        const long j = (panel - first_panels) * NR;
-        panel_of_columns(of->down + expert * F * D + j, D, NULL, D - j, F, NR, NR, packed + first_panels * units(D) * NR + j * units(F));
+        const long j = (part - pairs) * NR;
+        panel_of_columns(of->down + expert * F * D + j, D, NULL, D - j, F, NR, packed + blocks(F, VL) * panel + j * units(F));
     }
 }
 
@@ -59,9 +59,9 @@ int KERNEL(moe_cpu_experts_forward)(long D, long F, long E, const int64_t *offse
                                     int threads) {
     static __thread float *shared = NULL, *all = NULL, *own = NULL;
     static __thread size_t shared_size = 0, all_size = 0, own_size = 0;
-    const layer of = {D, F, E, offsets, token, weight, x, w_gate, w_up, w_down};
-    const long first_panels = blocks(F, VL), panels = first_panels + blocks(D, NR);
-    const long packed = first_panels * units(D) * NR + blocks(D, NR) * units(F) * NR, wide = units(D > F ? D : F);
+    const layer of = {D, F, E, (long)LIMIT * threads, offsets, token, weight, x, w_gate, w_up, w_down};
+    const long parts = blocks(F, NR) + blocks(D, NR), packed = blocks(F, VL) * units(D) * NR + blocks(D, NR) * units(F) * NR,
+               wide = units(D > F ? D : F);
     place at = {0};
     group now;
     int short_of_memory = 0;
@@ -73,8 +73,8 @@ int KERNEL(moe_cpu_experts_forward)(long D, long F, long E, const int64_t *offse
             float *mine = scratch(&own, &own_size, TASK * (wide + F));
             if (!mine) short_of_memory = 1;
 #pragma omp for schedule(static)
-            for (long i = 0; i < now.slots * panels; i++)
-                pack_forward(&of, now.expert_of[i / panels], i % panels, first_panels, weights + i / panels * packed);
+            for (long i = 0; i < now.slots * parts; i++)
+                pack_forward(&of, now.expert_of[i / parts], i % parts, weights + i / parts * packed);
 #pragma omp for schedule(dynamic)
             for (int i = 0; i < now.tasks; i++) {
                 const task next = task_at(&now, i);

@@ -168,10 +168,9 @@ INLINE void pack_rows(const float *source, long stride, const int64_t *index, lo
     pack_words(source, stride * (long)sizeof(float), index, n, K, size, panel);
 }
 
-/* panel[k][i] = source row k, element i: the same of a transposed matrix, whose row k is at k or index[k] times stride; the panel's rows
- * are `pitch` apart */
-static inline void pack_apart(const float *source, long stride, const int64_t *index, long n, long K, int size, int pitch, float *panel) {
-    for (long k = 0; k < K; k++, panel += pitch) {
+/* panel[k][i] = source row k, element i: the same of a transposed matrix, whose row k is at k or index[k] times stride */
+static inline void pack_columns(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
+    for (long k = 0; k < K; k++, panel += size) {
         const float *row = source + (index ? index[k] : k) * stride;
         if (n >= size) {
             memcpy(panel, row, sizeof(float) * size);
@@ -179,10 +178,6 @@ static inline void pack_apart(const float *source, long stride, const int64_t *i
             for (int i = 0; i < size; i++) panel[i] = i < n ? row[i] : 0;
         }
     }
-}
-
-static inline void pack_columns(const float *source, long stride, const int64_t *index, long n, long K, int size, float *panel) {
-    pack_apart(source, stride, index, n, K, size, size, panel);
 }
 
 /* elementwise mask ? a : b, where a comparison of vectors made the mask */
