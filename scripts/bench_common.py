@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moe.backend import compiled
+from moe_cpu.product import peak_gigaflops as peak_of_tiles
+
 
 class Ratio(NamedTuple):
     """Median and quartiles over rounds."""
@@ -44,6 +47,13 @@ def peak_gigaflops(dtype: torch.dtype) -> float:
         torch.mm(a, b)
         seconds.append(time.perf_counter() - start)
     return 2 * 1024**3 / min(seconds) / 1e9
+
+
+def roof() -> dict[str, str]:
+    """The roof of a float32 product on this machine with torch's number of threads, as a fact; nothing without a C compiler."""
+    if not compiled("auto"):
+        return {}
+    return {f"GFLOP/s of float32 tiles in the first cache, {torch.get_num_threads()} threads": f"{peak_of_tiles():.0f}"}
 
 
 def machine() -> dict[str, str]:

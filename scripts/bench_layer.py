@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 import transformers
-from bench_common import clock_of, keep, machine, options, parse, peak_gigaflops, ratios
+from bench_common import clock_of, keep, machine, options, parse, peak_gigaflops, ratios, roof
 from bench_layer_page import COMPILED, NAME, PLAIN, Row, figures, print_row, tables
 from bench_layer_peers import PEERS, build_peers, installed, missing
 from torch import Tensor, nn
@@ -228,6 +228,7 @@ def main() -> None:
     rows: list[Row] = []
     for threads, tokens in cases:
         torch.set_num_threads(threads)
+        facts |= roof()
         for dtype in dtypes:
             peak = facts[f"GFLOP/s {dtype} {threads} threads"] = f"{peak_gigaflops(DTYPES[dtype]):.0f}"
             print(

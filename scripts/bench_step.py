@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from bench_common import Ratio, clock_of, keep, machine, options, parse, peak_gigaflops, ratios, spread
+from bench_common import Ratio, clock_of, keep, machine, options, parse, peak_gigaflops, ratios, roof, spread
 from bench_step_profile import Profile, profile_of, profile_table
 from torch import Tensor, nn
 
@@ -234,6 +234,7 @@ def main() -> None:
         "clock": "processor time" if arguments.cpu_time else "wall clock",
         "rounds": str(arguments.rounds),
         "GFLOP/s of products of 1024 x 1024 x 1024": f"{peak_gigaflops(torch.float32):.0f}",
+        **roof(),
         "GFLOP per step by formula": f"{flops_per_step(run) / 1e9:.0f}",
         "FLOPs per token of the dense twin over ours": f"{1 + relative_difference(run, dense_twin(run)):.4f}",
     }

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from compiler import NEEDS_COMPILER
 
 from moe_cpu.cross_entropy import cross_entropy_
 from moe_cpu.library import CannotCompile, library
-from moe_cpu.product import linear, product
+from moe_cpu.product import linear, peak_gigaflops, product
 
 pytestmark = NEEDS_COMPILER
 
@@ -156,3 +157,13 @@ def test_narrower_vectors_pass_the_same_tests(flags, tmp_path):
     environment = {**os.environ, "MOE_CPU_FLAGS": flags, "MOE_CPU_CACHE": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here.parent, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_the_roof_is_above_a_product():
+    """A product packs its operands besides: at most the roof, with room for a machine that others use."""
+    a, b = torch.randn(480, 256), torch.randn(256, 512)
+    product(a, b)
+    begun = time.perf_counter()
+    product(a, b)
+    speed = 2 * a.shape[0] * b.numel() / (time.perf_counter() - begun) / 1e9
+    assert speed < 1.5 * peak_gigaflops(rounds=3)

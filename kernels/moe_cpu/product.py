@@ -5,6 +5,7 @@ their multipliers can do. Deterministic: the order of additions follows from the
 """
 
 import ctypes
+import time
 from functools import cache
 
 import torch
@@ -48,6 +49,22 @@ def product(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor | None = None, *, add: bo
     operands = (a.data_ptr(), a_stride, a_turned, b.data_ptr(), b_stride, b_turned)
     _kernel()(M, N, K, *operands, out_MN.data_ptr(), out_MN.stride(0), add, torch.get_num_threads())
     return out_MN
+
+
+def peak_gigaflops(*, rounds: int = 15) -> float:
+    """The roof of these kernels on this machine: 10^9 floating-point operations a second of tiles whose operands are in the first cache.
+
+    The best of `rounds`, in float32 with torch's number of threads.
+    """
+    tiles, flops = library().moe_cpu_tiles, library().moe_cpu_tile_flops
+    tiles.argtypes, tiles.restype = [_long, _long, _int], ctypes.c_float
+    flops.argtypes, flops.restype = [_long], _long
+    depth, times, threads, seconds = 128, 2000, torch.get_num_threads(), []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        tiles(depth, times, threads)
+        seconds.append(time.perf_counter() - start)
+    return threads * times * flops(depth) / min(seconds) / 1e9
 
 
 @torch.library.custom_op("moe_cpu::linear", mutates_args=())
