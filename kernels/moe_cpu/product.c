@@ -80,6 +80,7 @@ float moe_cpu_tiles(long K, long times, int threads) {
             memset(panels, 0, sizeof(float) * K * (MR + NR));
             for (long i = 0; i < times; i++) {
                 const tile sum = multiply(K, own + K * NR, own);
+                __asm__ volatile("" ::: "memory"); /* or the product would be done once for all times */
                 first += sum.at[0][0][0] + sum.at[MR - 1][1][VL - 1];
             }
         }

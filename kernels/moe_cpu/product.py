@@ -52,7 +52,7 @@ def product(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor | None = None, *, add: bo
 
 
 def peak_gigaflops(*, rounds: int = 15) -> float:
-    """The roof of these kernels on this machine: 10^9 floating-point operations a second of tiles whose operands are in the first cache.
+    """The roof of these kernels: 10^9 floating-point operations a second of tiles whose operands are in the first cache.
 
     The best of `rounds`, in float32 with torch's number of threads.
     """
