@@ -69,23 +69,19 @@ void moe_cpu_product(long M, long N, long K, const float *a, long a_stride, int 
 }
 
 /* The tile's product alone, `times` times in each thread with both panels in the first cache: what this code can reach at most. */
-float moe_cpu_tiles(long K, long times, int threads) {
-    float first = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : first)
+void moe_cpu_tiles(long K, long times, int threads) {
+#pragma omp parallel num_threads(threads)
     {
-        static __thread float *panels = NULL;
+        static __thread float *held = NULL;
         static __thread size_t size = 0;
-        const float *own = scratch(&panels, &size, K * (MR + NR));
-        if (own) {
-            memset(panels, 0, sizeof(float) * K * (MR + NR));
-            for (long i = 0; i < times; i++) {
-                const tile sum = multiply(K, own + K * NR, own);
-                __asm__ volatile("" ::: "memory"); /* or the product would be done once for all times */
-                first += sum.at[0][0][0] + sum.at[MR - 1][1][VL - 1];
-            }
+        float *panels = scratch(&held, &size, K * (MR + NR) + MR * NR), *out = panels + K * (MR + NR);
+        if (panels) memset(panels, 0, sizeof(float) * (K * (MR + NR) + MR * NR));
+        for (long i = 0; i < times && panels; i++) {
+            const tile sum = multiply(K, panels + K * NR, panels);
+            put(&sum, out, NR, MR, NR, 0);
+            __asm__ volatile("" : : "r"(out) : "memory"); /* or the product would be done once for all times */
         }
     }
-    return first;
 }
 
 long moe_cpu_tile_flops(long K) { return 2L * MR * NR * K; }

@@ -57,7 +57,7 @@ def peak_gigaflops(*, rounds: int = 15) -> float:
     The best of `rounds`, in float32 with torch's number of threads.
     """
     tiles, flops = library().moe_cpu_tiles, library().moe_cpu_tile_flops
-    tiles.argtypes, tiles.restype = [_long, _long, _int], ctypes.c_float
+    tiles.argtypes, tiles.restype = [_long, _long, _int], None
     flops.argtypes, flops.restype = [_long], _long
     depth, times, threads, seconds = 128, 2000, torch.get_num_threads(), []
     for _ in range(rounds):
