@@ -326,9 +326,10 @@ def saved_for_backward(config: Model, dtype: torch.dtype, rows: int, length: int
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["dense", "head norms", "latent", "experts", "widths", "shared", "clamps and biases"])
 def test_activation_memory_is_what_autograd_saves_to_ten_percent(name, precision):
+    """Of torch's operators; the compiled kernels keep less, because they do not repeat key heads nor keep what they rotate."""
     attention = GroupedQueryAttention(num_heads=6, num_kv_heads=3, head_dim=16)
     moe = MoE(num_experts=8, top_k=2, expert_hidden=40, router=TopK(), backend="torch")
-    base = Model(vocab_size=256, dim=96, num_layers=3, ffn_hidden=256, attention=attention)
+    base = Model(vocab_size=256, dim=96, num_layers=3, ffn_hidden=256, attention=attention, backend="torch")
     config = {
         "dense": replace(base, document_mask=False),
         "head norms": replace(base, attention=replace(attention, qk_norm="head")),
@@ -341,7 +342,9 @@ def test_activation_memory_is_what_autograd_saves_to_ten_percent(name, precision
     run = replace(run_of(config, precision=precision), data=Data(sequence_length=128))
     estimate = memory_bytes(run)
     kept = sum(estimate[part] for part in ("activations", "masks", "weight_casts")) + estimate["logits"] // 2
-    assert kept == pytest.approx(saved_for_backward(config, getattr(torch, precision), 2, 128), rel=0.1)
+    saved = saved_for_backward(config, getattr(torch, precision), 2, 128)
+    assert kept == pytest.approx(saved, rel=0.1)
+    assert 0.8 * saved <= saved_for_backward(replace(config, backend="auto"), getattr(torch, precision), 2, 128) <= saved
 
 
 def test_states_of_adam_cost_sixteen_bytes_per_parameter():
