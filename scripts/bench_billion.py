@@ -88,7 +88,8 @@ def main() -> None:
     if arguments.steps < 3:
         parser.error("--steps must be at least 3: quartiles need two values, and the first step is not counted")
     bare = bare_bytes()
-    found = measure(ROOT / "recipes/billion.py", [f"train.steps={arguments.steps}"], arguments.folder)
+    settings = [f"train.steps={arguments.steps}", f"train.schedule.warmup_steps={min(10, arguments.steps - 1)}"]
+    found = measure(ROOT / "recipes/billion.py", settings, arguments.folder)
     ratio = found["peak"] / (found["plan"] + bare)
     figures = {
         "seconds per step": spread(found["seconds"][1:]),
