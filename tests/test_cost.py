@@ -344,7 +344,9 @@ def test_activation_memory_is_what_autograd_saves_to_ten_percent(name, precision
     kept = sum(estimate[part] for part in ("activations", "masks", "weight_casts")) + estimate["logits"] // 2
     saved = saved_for_backward(config, getattr(torch, precision), 2, 128)
     assert kept == pytest.approx(saved, rel=0.1)
-    assert 0.8 * saved <= saved_for_backward(replace(config, backend="auto"), getattr(torch, precision), 2, 128) <= saved
+    assert (
+        0.8 * saved <= saved_for_backward(replace(config, backend="auto"), getattr(torch, precision), 2, 128) <= saved
+    )
 
 
 def test_states_of_adam_cost_sixteen_bytes_per_parameter():
