@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from moe.moe_layer import fits
 from moe_cpu.cross_entropy import cross_entropy_
-from moe_cpu.product import product
+from moe_cpu.product import product_into
 
 IGNORE = -100
 """Target of a token that carries no loss."""
@@ -38,11 +38,12 @@ def _native(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, keep
     gradient_TD, gradient_VD = (torch.empty_like(x_TD), torch.zeros_like(weight_VD)) if keep else (None, None)
     for begin in range(0, x_TD.shape[0], chunk):
         here = slice(begin, begin + chunk)
-        share_CV = product(x_TD[here], weight_VD.t())
+        share_CV = x_TD.new_empty(x_TD[here].shape[0], weight_VD.shape[0])
+        product_into(x_TD[here], weight_VD.t(), share_CV, False)
         total += cross_entropy_(share_CV, targets_T[here], gradient=keep).sum()
         if gradient_TD is not None and gradient_VD is not None:
-            product(share_CV, weight_VD, gradient_TD[here])
-            product(share_CV.t(), x_TD[here], gradient_VD, add=True)
+            product_into(share_CV, weight_VD, gradient_TD[here], False)
+            product_into(share_CV.t(), x_TD[here], gradient_VD, True)
     return (total, gradient_TD, gradient_VD) if gradient_TD is not None and gradient_VD is not None else (total,)
 
 

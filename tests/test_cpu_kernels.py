@@ -11,11 +11,15 @@ import pytest
 import torch
 from compiler import NEEDS_COMPILER
 
+from moe.config.load import load
+from moe.model import Transformer
+from moe.train.flops import counter
 from moe_cpu.cross_entropy import cross_entropy_
 from moe_cpu.library import CannotCompile, library
 from moe_cpu.product import linear, peak_gigaflops, product
 
 pytestmark = NEEDS_COMPILER
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 SIZES = [
     (1, 1, 1),
@@ -167,3 +171,16 @@ def test_the_roof_is_above_a_product():
     product(a, b)
     speed = 2 * a.shape[0] * b.numel() / (time.perf_counter() - begun) / 1e9
     assert speed < 1.5 * peak_gigaflops(rounds=3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_chunked_loss_is_counted_as_the_whole_one(backend):
+    """The ledger's FLOPs: the head's three products are there, whoever computes them and in how many chunks."""
+    run = load(RECIPES / "smoke.py", [f"model.backend={backend}", f"model.moe.backend={backend}"])
+    counts = []
+    for chunk in (0, 64):
+        model, ids = Transformer(run.model, loss_chunk=chunk), torch.randint(0, 250, (4, 64))
+        with counter(run) as counted:
+            model(ids, targets_BS=ids).objective.backward()
+        counts.append(counted.get_total_flops())
+    assert counts[0] == counts[1] > 0

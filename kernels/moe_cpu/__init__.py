@@ -1,1 +1,1 @@
-"""Float32 kernels for a CPU, in C, compiled for the processor at hand when they are first asked for (library.py)."""
+"""Kernels for a CPU in C (float32, experts in bfloat16 too), compiled for the processor at hand when first asked for (library.py)."""

@@ -183,17 +183,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if native and cpu_experts.computes(x_TD.dtype):
         kept = (token_P, weight_P, offsets_E1, gate_PF, up_PF)
-        *found, dweight_P = cpu_experts.backward(dy_TD, x_TD, w_gate, w_up, w_down, *kept)
-        return (
-            found[0],
-            found[1],
-            found[2],
-            found[3],
-            x_TD.new_empty(0),
-            x_TD.new_empty(0),
-            x_TD.new_empty(0),
-            dweight_P,
-        )
+        dx_TD, *found, dweight_P = cpu_experts.backward(dy_TD, x_TD, w_gate, w_up, w_down, *kept)
+        return dx_TD, found[0], found[1], found[2], x_TD.new_empty(0), x_TD.new_empty(0), x_TD.new_empty(0), dweight_P
     dweight_P = torch.zeros_like(weight_P)
     blocks, kind = blocks_of(x_TD, offsets_E1, widths), Activation(activation, alpha, limit)
     # an operator cannot give None

@@ -51,6 +51,8 @@ def counter(run: Run) -> Any:
     }
     cpu = torch.ops.moe_cpu
     mapping |= {
+        aten.addmm_: lambda _out, a, b, **__: 2 * a[0] * a[1] * b[1],  # torch counts addmm alone
+        cpu.product_into: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[1],
         cpu.linear: lambda x, weight, *_, **__: 2 * x[0] * x[1] * weight[0],
         cpu.linear_backward: lambda dy, x, weight, of_x, of_weight, **__: (
             2 * x[0] * x[1] * weight[0] * (of_x + of_weight)
