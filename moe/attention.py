@@ -1,6 +1,7 @@
-"""Causal self-attention: grouped-query and multi-head latent, over torch's scaled_dot_product_attention."""
+"""Causal self-attention: grouped-query and multi-head latent, over torch's scaled_dot_product_attention or moe_cpu's kernel."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,27 +126,111 @@ class KeyValue:
         return self._key[:, :, :end], self._value[:, :, :end]
 
 
-def attention_mask(position_S: Tensor, document_BS: Tensor | None, window: int, past: int = 0) -> Tensor | None:
-    """True where a query may see a key: [1 or B, 1, S, past + S] bool; None for plain causal attention.
+class Mask(NamedTuple):
+    """Which keys a query sees: those from its first one up to the query's own position."""
 
-    With `past` tokens before, a single query sees all keys, which is None as well.
+    first_BS: Tensor
+    """Position of the first key, [B or 1, S] int32; never falls along a row."""
+    position_S: Tensor
+    """Position of the query."""
+    allowed: Tensor | None
+    """The same as bools, see `keys_allowed`; None where a kernel is expected to read `first_BS`."""
+
+    def keys_allowed(self) -> Tensor:
+        """True where a query may see a key: [B or 1, 1, S, keys] bool."""
+        if self.allowed is not None:
+            return self.allowed
+        return _allowed(self.first_BS, self.position_S, len(self.position_S))
+
+
+def _allowed(first_BS: Tensor, position_S: Tensor, keys: int) -> Tensor:
+    key = torch.arange(keys, device=position_S.device)
+    return ((key >= first_BS.unsqueeze(2)) & (key <= position_S.unsqueeze(1))).unsqueeze(1)
+
+
+def attention_mask(
+    position_S: Tensor, document_BS: Tensor | None, window: int, past: int = 0, *, bools: bool = True
+) -> Mask | None:
+    """The mask of queries at `position_S`, after `past` keys; None for plain causal attention.
+
+    document_BS [B, S] is ascending along a row. With `past` tokens before, a single query sees all keys, which is None as well.
+    Without `bools`, [B, S, S] is only made for a layer that asks for it.
     """
     if document_BS is None and window == 0 and (past == 0 or len(position_S) == 1):
         return None
-    query = position_S.unsqueeze(1)
-    key = torch.arange(past + len(position_S), device=position_S.device).unsqueeze(0)
-    mask = (query >= key) if window == 0 else (query >= key) & (query - window < key)
-    mask = mask.view(1, 1, *mask.shape)
+    first_BS = (position_S - window + 1 if window else torch.zeros_like(position_S)).clamp(min=0).unsqueeze(0)
     if document_BS is not None:
-        mask = mask & (document_BS.unsqueeze(2) == document_BS.unsqueeze(1)).unsqueeze(1)
-    return mask
+        begins = torch.ones_like(document_BS, dtype=torch.bool)
+        begins[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+        first_BS = torch.maximum(first_BS, (position_S * begins).cummax(1).values)
+    allowed = _allowed(first_BS, position_S, past + len(position_S)) if bools else None
+    return Mask(first_BS.to(torch.int32), position_S, allowed)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Mask | None,
+    *,
+    compiled: bool,
+    cos_sin: tuple[Tensor, Tensor] | None = None,
+    sink_N: Tensor | None = None,
+) -> Tensor:
+    """Attention [B, N, S, V] of query [B, N, S, H] over key [B, M, S', H] and value [B, M, S', V], rotated first with `cos_sin`.
+
+    `compiled`: by moe_cpu's kernel where it applies, otherwise by torch's operator.
+    """
+    whole = query.shape[2] == key.shape[2]
+    if compiled and whole and fits(query, key, value, *(() if sink_N is None else (sink_N,))):
+        first_BS = None if mask is None else mask.first_BS
+        if unsupported(query, key, value, cos_sin, first_BS, sink_N) is None:
+            return causal_attention(query, key, value, scale, cos_sin, first_BS=first_BS, sink_N=sink_N)
+    if cos_sin is not None:
+        query, key = rotate(query, cos_sin), rotate(key, cos_sin)
+    allowed = None if mask is None else mask.keys_allowed()
+    if sink_N is not None:
+        return _attend_with_sinks(query, key, value, scale, allowed, sink_N)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and (mask is not None or not query.is_cuda):
+        # torch's fused kernels share key heads only on CUDA and without a mask; elsewhere it would fall back to
+        # materialising all scores
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        groups = 1
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, is_causal=mask is None and whole, scale=scale, enable_gqa=groups > 1
+    )
+
+
+def _attend_with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, allowed: Tensor | None, sink_N: Tensor
+) -> Tensor:
+    """Put the sink into the softmax as key 0, whose logit is sink_N for every query and whose value is zero.
+
+    An extra dimension holds 1 in queries, sink/scale in key 0 and 0 in the others, so that the product is exact; it is
+    padded to eight, the multiple that fused kernels want.
+    """
+    B, N, S, H = query.shape
+    groups = N // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    sink = (sink_N / scale).to(query.dtype).view(1, N, 1, 1).expand(B, N, 1, 1)
+    sink_key = pad(torch.cat((key.new_zeros(B, N, 1, H), sink), dim=3), (0, 7))
+    key = torch.cat((sink_key, pad(key, (0, 8))), dim=2)
+    value = pad(value, (0, 8, 1, 0))
+    query = pad(pad(query, (0, 1), value=1.0), (0, 7))
+    if allowed is None:
+        allowed = torch.ones(1, 1, S, key.shape[2] - 1, dtype=torch.bool, device=query.device)
+        allowed = allowed.tril(allowed.shape[3] - S)
+    allowed = pad(allowed, (1, 0), value=True)
+    return scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)[..., :H]
 
 
 class GroupedQuery(nn.Module):
     """Grouped-query attention with optional biases, query/key norms and sinks.
 
     With a `context` (moe/train/sharding.py sets it) x_BSD is this rank's part of the rows, and `mask` that of whole rows.
-    `compiled`: plain causal attention in float32 on a CPU is moe_cpu's.
+    `compiled`: float32 on a CPU is moe_cpu's.
     """
 
     def __init__(self, config: GroupedQueryAttention, model: Model):
@@ -169,7 +254,7 @@ class GroupedQuery(nn.Module):
         self.scale = whole * whole / math.sqrt(H)
 
     def forward(
-        self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None, past: KeyValue | None = None
+        self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Mask | None, past: KeyValue | None = None
     ) -> Tensor:
         H = self.config.head_dim
         query, key, value = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)
@@ -180,59 +265,22 @@ class GroupedQuery(nn.Module):
         query, key, value = (t.unflatten(-1, (-1, H)).transpose(1, 2) for t in (query, key, value))
         if self.query_norm is not None and self.key_norm is not None and self.config.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
-        plain = mask is None and past is None and self.context is None and self.sink_N is None
-        if self.compiled and plain and fits(query, key) and unsupported(query, key, value, *cos_sin) is None:
-            return self.out(causal_attention(query, key, value, self.scale, cos_sin).transpose(1, 2).flatten(2))
-        query, key = rotate(query, cos_sin), rotate(key, cos_sin)
+        late = (
+            past is None and self.context is None
+        )  # rotation may be left to the kernel: nothing asks for rotated keys
+        if not late:
+            query, key = rotate(query, cos_sin), rotate(key, cos_sin)
         if past is not None:
             key, value = past.extend(key, value)
+        sink_N = None if self.sink_N is None else part_here(self.sink_N)
         if self.context is not None:
             query, key, value = self.context.to_heads(query, key, value)
-        causal = mask is None and query.shape[2] == key.shape[2]
-        if self.sink_N is not None:
-            out = self._with_sinks(query, key, value, mask)
-        else:
-            groups = query.shape[1] // key.shape[1]
-            if groups > 1 and (mask is not None or not query.is_cuda):
-                # torch's fused kernels share key heads only on CUDA and without a mask; elsewhere it would fall back to
-                # materialising all scores
-                key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-                groups = 1
-            out = scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                is_causal=causal,
-                scale=self.scale,
-                enable_gqa=groups > 1,
-            )
+            sink_N = None if sink_N is None else self.context.heads_here(sink_N)
+        turn = cos_sin if late else None
+        out = attend(query, key, value, self.scale, mask, compiled=self.compiled, cos_sin=turn, sink_N=sink_N)
         if self.context is not None:
             out = self.context.to_tokens(out)
         return self.out(out.transpose(1, 2).flatten(2))
-
-    def _with_sinks(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Put the sink into the softmax as key 0, whose logit is sink_N for every query and whose value is zero.
-
-        An extra dimension holds 1 in queries, sink/scale in key 0 and 0 in the others, so that the product is exact; it is
-        padded to eight, the multiple that fused kernels want.
-        """
-        assert self.sink_N is not None
-        B, N, S, H = query.shape
-        groups = N // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        sink_N = part_here(self.sink_N)
-        sink_N = sink_N if self.context is None else self.context.heads_here(sink_N)
-        sink = (sink_N / self.scale).to(query.dtype).view(1, N, 1, 1).expand(B, N, 1, 1)
-        sink_key = pad(torch.cat((key.new_zeros(B, N, 1, H), sink), dim=3), (0, 7))
-        key = torch.cat((sink_key, pad(key, (0, 8))), dim=2)
-        value = pad(value, (0, 8, 1, 0))
-        query = pad(pad(query, (0, 1), value=1.0), (0, 7))
-        if mask is None:
-            mask = torch.ones(1, 1, S, key.shape[2] - 1, dtype=torch.bool, device=query.device)
-            mask = mask.tril(mask.shape[3] - S)
-        mask = pad(mask, (1, 0), value=True)
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)[..., :H]
 
 
 class Latent(nn.Module):
@@ -262,7 +310,7 @@ class Latent(nn.Module):
         self.scale = whole * whole / math.sqrt(config.nope_dim + config.rope_dim)
 
     def forward(
-        self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None, past: KeyValue | None = None
+        self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Mask | None, past: KeyValue | None = None
     ) -> Tensor:
         config = self.config
         if self.query_down is not None and self.query_norm is not None:
@@ -282,11 +330,7 @@ class Latent(nn.Module):
             key, value = past.extend(key, value)
         if self.context is not None:
             query, key, value = self.context.to_heads(query, key, value)
-        causal = mask is None and query.shape[2] == key.shape[2]
-        if self.compiled and causal and fits(query, key, value) and unsupported(query, key, value) is None:
-            out = causal_attention(query, key, value, self.scale)
-        else:
-            out = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale)
+        out = attend(query, key, value, self.scale, mask, compiled=self.compiled)
         if self.context is not None:
             out = self.context.to_tokens(out)
         return self.out(out.transpose(1, 2).flatten(2))

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import cross_entropy, linear
 
-from moe.moe_layer import fits
+from moe.moe_layer import fits, multiply
 from moe_cpu.cross_entropy import cross_entropy_
 from moe_cpu.product import product_into
 
@@ -30,6 +30,17 @@ def chunked_cross_entropy(
     keep = torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad)
     native = compiled and fits(x_TD, weight_VD)
     return _ChunkedCrossEntropy.apply(x_TD, weight_VD, targets_T, chunk, keep, native)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def target_losses(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, *, compiled: bool = False) -> Tensor:
+    """Negative log-likelihood of each of targets_T [T] (0 for IGNORE) under softmax(x_TD W^T), float32, without gradient."""
+    w_VD, losses = weight_VD.to(x_TD.dtype), []
+    for x_CD, target_C in zip(x_TD.split(chunk), targets_T.split(chunk), strict=True):
+        logits_CV = multiply(x_CD, w_VD, compiled=compiled)
+        wide = torch.promote_types(logits_CV.dtype, torch.float32)
+        losses.append(cross_entropy(logits_CV.to(wide), target_C, ignore_index=IGNORE, reduction="none"))
+    return torch.cat(losses)
 
 
 def _native(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, keep: bool) -> tuple[Tensor, ...]:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from moe.attention import GroupedQuery, KeyValue, Latent, RMSNorm, RotaryEmbedding, attention_mask
+from moe.attention import GroupedQuery, KeyValue, Latent, Mask, RMSNorm, RotaryEmbedding, attention_mask
 from moe.backend import compiled
 from moe.config.schema import GroupedQueryAttention, Model, ffn_hidden, is_moe_layer, layer_experts
 from moe.init import initialise, off_meta
 from moe.lora import adapt
-from moe.loss import IGNORE, Soft, chunked_cross_entropy
-from moe.moe_layer import Linear, MoELayer, SwiGLU, multiply
+from moe.loss import IGNORE, Soft, chunked_cross_entropy, target_losses
+from moe.moe_layer import Linear, MoELayer, SwiGLU, fits, multiply
 from moe.parallel.exchange import EXCHANGE_COUNTS
 from moe.parallel.ulysses import Ulysses
 from moe.routing import Counts, Routing, Selection, Tokens
@@ -47,6 +47,8 @@ class Output:
     """One entry per expert layer, in order."""
     hidden_BSD: Tensor | None = None
     """What goes to the next stage of a pipeline; None at the last."""
+    losses_BS: Tensor | None = None
+    """Each target's loss in nats, 0 where there is none, float32 without gradient, where `each` was asked for."""
 
 
 class Block(nn.Module):
@@ -79,7 +81,7 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         cos_sin: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Mask | None,
         tokens: Tokens,
         replay: Selection | None,
         past: KeyValue | None = None,
@@ -98,7 +100,7 @@ class Transformer(nn.Module):
 
     `recompute` keeps only block inputs and the routing decision for backward (activation checkpointing). With a `context`
     (moe/train/sharding.py sets it) each rank gets its part of every row. `loss_chunk` is the number of tokens whose logits
-    exist at once when a loss is asked for; 0: all. `blocks` makes it a stage of a pipeline, which holds these blocks only,
+    exist at once when losses are asked for; 0: all. `blocks` makes it a stage of a pipeline, which holds these blocks only,
     under the names that they have in the whole model; the first stage holds the embedding too, the last the norm and the head.
     """
 
@@ -151,6 +153,7 @@ class Transformer(nn.Module):
         hidden_BSD: Tensor | None = None,
         auxiliary: Tensor | None = None,
         soft: Soft | None = None,
+        each: bool = False,
     ) -> Output:
         """Run the model on ids_BS [B, S] int64.
 
@@ -158,7 +161,8 @@ class Transformer(nn.Module):
         targets of the whole optimizer step (default: of this batch). `replay` has one selection per expert layer. `cache`, one
         entry per layer, holds the tokens before ids_BS and is extended by it; no router drops a token then. A stage of a
         pipeline goes on from the hidden states [B, S, D] and the auxiliary losses of the stage before. `soft` are a teacher's
-        logits: its divergence enters the objective and is reported among the losses, `loss` stays the cross-entropy.
+        logits: its divergence enters the objective and is reported among the losses, `loss` stays the cross-entropy. `each` asks
+        for every target's loss apart, and for no sum and no gradient.
         """
         past = cache[0].length if cache is not None else 0
         first = past if self.context is None else self.context.first(ids_BS.shape[1])
@@ -170,9 +174,10 @@ class Transformer(nn.Module):
         if self.context is not None:
             position_S = torch.arange(ids_BS.shape[1] * self.context.ranks, device=ids_BS.device)
             document_BS = self.context.whole(document_BS) if document_BS is not None else None
-        masks = {window: attention_mask(position_S, document_BS, window, past) for window in set(self.windows)}
         x_BSD = self.embedding(ids_BS).to(self.dtype) if self.embedding is not None else hidden_BSD
         assert x_BSD is not None, "a stage that is not the first goes on from hidden states"
+        bools = past > 0 or not (self.compiled and fits(x_BSD))
+        masks = {w: attention_mask(position_S, document_BS, w, past, bools=bools) for w in set(self.windows)}
         routings: list[tuple[int, Routing]] = []
         for layer, block in zip(self.blocks, self.layers, strict=True):
             forced = replay[len(routings)] if replay is not None and block.moe is not None else None
@@ -190,6 +195,9 @@ class Transformer(nn.Module):
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return Output(self._logits(x_BSD), None, losses, None, reports)
+        if each:
+            losses_BS = self._target_losses(x_BSD.flatten(0, 1), targets_BS.flatten()).view_as(targets_BS)
+            return Output(None, None, losses, None, reports, losses_BS=losses_BS)
         count = step_targets if step_targets is not None else (targets_BS != IGNORE).sum()
         if soft is not None:
             logits_BSV = self._logits(x_BSD)
@@ -219,6 +227,10 @@ class Transformer(nn.Module):
             weight = self._head_weight
             return chunked_cross_entropy(x_TD, weight, targets_T, self.loss_chunk, compiled=self.compiled)
         return cross_entropy(self._logits(x_TD), targets_T, ignore_index=IGNORE, reduction="sum")
+
+    def _target_losses(self, x_TD: Tensor, targets_T: Tensor) -> Tensor:
+        chunk = self.loss_chunk or max(1, len(x_TD))
+        return target_losses(x_TD, self._head_weight, targets_T, chunk, compiled=self.compiled)
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
         logits = multiply(x_BSD, self._head_weight.to(x_BSD.dtype), compiled=self.compiled)

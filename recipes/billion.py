@@ -39,7 +39,6 @@ def run() -> Run:
             micro_rows=4,
             optimizer=AdamW(lr=1e-4),
             schedule=Cosine(warmup_steps=10),
-            loss_chunk=512,
         ),
         evaluation=Evaluation(rows=4, final_rows=4, probe_rows=0),
         checkpoint=Checkpoint(asynchronous=False),

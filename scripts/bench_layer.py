@@ -3,9 +3,11 @@
     python scripts/bench_layer.py [--dtype float32 bfloat16] [--threads 1 2] [--tokens same new] [--rounds 15] [--json FILE]
     python scripts/bench_layer.py --issue [--peers] [--write docs/benchmarks.md]
 
-Every round runs each contender once, in rotating order, so that a machine that slows down slows all of them down. What
-is reported is each contender's speed as a share of the dense layer's: the median over rounds of dense time / its time,
-with quartiles. The contenders that compute the same function are compared first; if they disagree nothing is timed.
+Every round runs each contender once, in rotating order, so that a machine that slows down slows all of them down. The rounds
+are done in `--passes` fresh processes, one after another, each over all shapes: where a process's memory lies, and which minute
+it is, move a figure by up to a tenth, and belong to its spread. What is reported is each contender's speed as a share of the
+dense layer's: the median over rounds of dense time / its time, with quartiles. The contenders that compute the same function
+are compared first; if they disagree nothing is timed.
 
 `--tokens same` gives every round the same tokens, `new` others: then experts have other numbers of rows each time, as they
 have in training. `dense` is computed by torch; beside it the dense layer by our compiled kernels, and our layer without
@@ -16,15 +18,18 @@ bench_layer_peers.py says how each differs.
 """
 
 import copy
+import multiprocessing
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Literal
+from itertools import groupby
+from typing import Literal, NamedTuple
 
 import torch
 import transformers
-from bench_common import clock_of, keep, machine, options, parse, peak_gigaflops, ratios, roof
+from bench_common import keep, machine, options, parse, peak_gigaflops, ratios, roof
 from bench_layer_page import COMPILED, NAME, PLAIN, Row, figures, print_row, tables
 from bench_layer_peers import PEERS, build_peers, installed, missing
 from torch import Tensor, nn
@@ -155,10 +160,28 @@ def check_agreement(functions: dict[str, Callable], x: torch.Tensor, share: floa
             sys.exit(f"ours and {name} differ by {error:.1e} (at most {tolerance:.0e}): nothing was timed")
 
 
+class Case(NamedTuple):
+    """One line of a table."""
+
+    threads: int
+    tokens: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Found(NamedTuple):
+    """What the rounds of a case took."""
+
+    seconds: dict[str, list[float]]
+    """By contender."""
+    dropped: dict[str, float]
+    """Share of the routed rows that a contender left out, by contender."""
+
+
 def time_shape(
     shape: tuple[int, ...], dtype: str, tokens: str, rounds: int, clock: Callable[[], float], peers: list[str]
-) -> list[Row]:
-    """Interleaved rounds at one shape."""
+) -> Found:
+    """Interleaved rounds at one shape, after one that warms up."""
     functions, layers, tokens_of = contenders(shape, DTYPES[dtype], peers)
     x = tokens_of(0)
     check_agreement(functions, x, *AGREEMENT[dtype])
@@ -171,19 +194,42 @@ def time_shape(
             name = names[(round_index + offset) % len(names)]
             start = clock()
             functions[name](x)
-            if round_index:  # the first round warms up
+            if round_index:
                 seconds[name].append(clock() - start)
+    return Found(seconds, {name: getattr(layers.get(name), "dropped", 0.0) for name in names})
+
+
+def one_pass(cases: list[Case], rounds: int, cpu_time: bool, peers: list[str]) -> tuple[dict[str, float], list[Found]]:
+    """Speeds of this process, GFLOP/s by name, and what each case took: what a fresh process is started for."""
+    speeds: dict[str, float] = {}
+    found = []
+    for (threads, tokens), some in groupby(cases, key=lambda case: case[:2]):
+        torch.set_num_threads(threads)
+        speeds |= {name: float(value) for name, value in roof().items()}
+        for dtype, several in groupby(some, key=lambda case: case.dtype):
+            speeds[f"GFLOP/s {dtype} {threads} threads"] = peak_gigaflops(DTYPES[dtype])
+            for case in several:
+                print(f"  {dtype}, {threads} threads, {tokens} tokens, {case.shape}", file=sys.stderr, flush=True)
+                clock = time.process_time if cpu_time else time.perf_counter
+                found.append(time_shape(case.shape, dtype, tokens, rounds, clock, peers))
+    return speeds, found
+
+
+def rows_of(case: Case, passes: Sequence[Found]) -> list[Row]:
+    """A case's row for each contender, of the rounds of all passes."""
+    names = list(passes[0].seconds)
+    seconds = {name: [value for found in passes for value in found.seconds[name]] for name in names}
     return [
         Row(
-            shape=shape,
-            dtype=dtype,
-            threads=torch.get_num_threads(),
-            tokens=tokens,
+            shape=case.shape,
+            dtype=case.dtype,
+            threads=case.threads,
+            tokens=case.tokens,
             contender=name,
             share=ratios(seconds["dense"], seconds[name]),
             ours=ratios(seconds[name], seconds["ours"]),
             milliseconds=1000 * statistics.median(seconds[name]),
-            dropped=getattr(layers.get(name), "dropped", 0.0),
+            dropped=statistics.fmean(found.dropped[name] for found in passes),
         )
         for name in names
     ]
@@ -206,6 +252,9 @@ def main() -> None:
         default=list(range(len(SHAPES))),
         help=f"T, D, F, E, K by number ({shapes}; default: all)",
     )
+    parser.add_argument(
+        "--passes", type=int, default=3, metavar="N", help="processes that share the rounds (default: %(default)s)"
+    )
     parser.add_argument("--issue", action="store_true", help="everything that docs/benchmarks.md has of this script")
     parser.add_argument(
         "--peers",
@@ -220,25 +269,38 @@ def main() -> None:
     peers = arguments.peers or ([] if arguments.peers is None else installed())
     if arguments.cpu_time and (arguments.issue or arguments.threads != [1]):
         parser.error("--cpu-time adds up the threads' times: it goes with --threads 1, and not with --issue")
-    cases = [(threads, tokens) for tokens in arguments.tokens for threads in arguments.threads]
-    dtypes, clock = arguments.dtype, clock_of(arguments)
+    if not 1 <= arguments.passes <= arguments.rounds:
+        parser.error(
+            f"--passes {arguments.passes}: at least 1, and at most a pass for each of {arguments.rounds} rounds"
+        )
+    tables_of = [(threads, tokens) for tokens in arguments.tokens for threads in arguments.threads]
+    dtypes = arguments.dtype
     if arguments.issue:
-        cases, dtypes = [(1, "same"), (2, "same"), (1, "new")], list(DTYPES)
-    facts = {**machine(), "transformers": transformers.__version__, "rounds": str(arguments.rounds)}
-    rows: list[Row] = []
-    for threads, tokens in cases:
-        torch.set_num_threads(threads)
-        facts |= roof()
-        for dtype in dtypes:
-            peak = facts[f"GFLOP/s {dtype} {threads} threads"] = f"{peak_gigaflops(DTYPES[dtype]):.0f}"
-            print(
-                f"{dtype}, {threads} threads, {tokens} tokens, products of 1024 x 1024 x 1024: {peak} GFLOP/s",
-                flush=True,
-            )
-            for index in arguments.shapes:
-                for row in time_shape(SHAPES[index], dtype, tokens, arguments.rounds, clock, peers):
-                    rows.append(row)
-                    print_row(row)
+        tables_of, dtypes = [(1, "same"), (2, "same"), (1, "new")], list(DTYPES)
+    cases = [
+        Case(threads, tokens, dtype, SHAPES[index])
+        for threads, tokens in tables_of
+        for dtype in dtypes
+        for index in arguments.shapes
+    ]
+    speeds: dict[str, float] = {}
+    passes = []
+    for number in range(arguments.passes):
+        print(f"pass {number + 1} of {arguments.passes}", file=sys.stderr, flush=True)
+        rounds = (arguments.rounds + number) // arguments.passes
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:
+            here, found = fresh.apply(one_pass, (cases, rounds, arguments.cpu_time, peers))
+        speeds = {name: max(value, speeds.get(name, 0.0)) for name, value in here.items()}
+        passes.append(found)
+    rows = [row for case, found in zip(cases, zip(*passes, strict=True), strict=True) for row in rows_of(case, found)]
+    for row in rows:
+        print_row(row)
+    facts = {
+        **machine(),
+        "transformers": transformers.__version__,
+        "rounds": f"{arguments.rounds} in {arguments.passes} processes",
+        **{name: f"{value:.0f}" for name, value in speeds.items()},
+    }
     print(" · ".join(f"{key} {value}" for key, value in facts.items()))
     content = {"facts": facts, "figures": figures(rows), "rows": [asdict(row) for row in rows]}
     keep(arguments, NAME, tables(rows, facts), content)

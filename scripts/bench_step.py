@@ -3,14 +3,14 @@
     python scripts/bench_step.py [--threads 2] [--rounds 15] [--json FILE] [--write docs/benchmarks.md] [SETTING=VALUE ...]
     python scripts/bench_step.py --cpu-time --rounds 5        on a machine that others use: processor time, one thread
 
-D 256, 8 layers, F 512, E 8, K 2, rows of 512 tokens, 8 rows a batch, vocabulary 8,192, float32; ours with `train.loss_chunk=512`.
+D 256, 8 layers, F 512, E 8, K 2, rows of 512 tokens, 8 rows a batch, vocabulary 8,192, float32.
 Ours is the trainer's own `train_step`: it reads the batch, sums losses and statistics, clips and updates. The dense twin is the
 same trainer on the model of equal FLOPs per token that `moe compare` takes. transformers' models start from our weights, get
 the same batches as tensors that are there, and do zero_grad, forward with labels, backward, clip_grad_norm_, AdamW (as it comes,
 and `fused` beside it); they compute no balancing loss, ours does. If the first logits differ, nothing is timed.
 
 Every round gives each contender one step, in rotating order. Then steps of ours, the twin and the best peer are profiled by
-torch, and the time of operators is summed by kind (bench_step_profile.py). Settings can be changed: `train.loss_chunk=512`.
+torch, and the time of operators is summed by kind (bench_step_profile.py). Settings can be changed: `train.loss_chunk=0`.
 """
 
 import sys
@@ -61,7 +61,7 @@ def step_run(overrides: list[str]) -> Run:
             document_mask=False,
         ),
         data=Data(sequence_length=512, tokenizer=BpeTokenizer(vocab_size=8192)),
-        train=Train(steps=10_000, batch_rows=8, micro_rows=8, optimizer=AdamW(lr=3e-4), loss_chunk=512, device="cpu"),
+        train=Train(steps=10_000, batch_rows=8, micro_rows=8, optimizer=AdamW(lr=3e-4), device="cpu"),
     )
     return load(dump(run), overrides)
 

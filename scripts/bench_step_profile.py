@@ -16,7 +16,7 @@ OTHER, REST = "other operators", "Python, between operators"
 _OPERATORS = {
     PRODUCTS: "mm addmm addmm_ bmm baddbmm linear linear_backward _grouped_mm mkldnn_linear _linear_pointwise",
     EXPERTS: "expert_ffn expert_ffn_backward",
-    HEAD: "_ChunkedCrossEntropy",
+    HEAD: "_ChunkedCrossEntropy product_into cross_entropy_",
     ATTENTION: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward "
     "causal_attention causal_attention_backward",
     "update and clipping": "_fused_adamw_ _foreach_mul_ _foreach_norm addcmul_ addcdiv_ lerp_ sqrt linalg_vector_norm",

@@ -174,10 +174,10 @@ def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default(star
     start(seeds=1)
     path = start.out / "sparse-seed0" / "run.json"
     header = read(path)
-    assert header["run"]["train"].pop("loss_chunk") == 0
+    assert header["run"]["train"].pop("loss_chunk") == 512
     path.write_text(json.dumps(header))
     assert "reused" in start(seeds=1)
-    with pytest.raises(UserError, match=r"train\.loss_chunk is 0 there and 64 here"):
+    with pytest.raises(UserError, match=r"train\.loss_chunk is 512 there and 64 here"):
         start(seeds=1, overrides=["train.loss_chunk=64"])
 
 

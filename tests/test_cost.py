@@ -59,8 +59,13 @@ EXPERTS = MoE(num_experts=4, top_k=2, expert_hidden=24, router=TopK(), backend="
 S = 16
 
 
+TORCH = {"backend": "torch"}  # torch's counters see torch's operators
+
+
 def model(**changes) -> Model:
-    return Model(**({"vocab_size": 40, "dim": 32, "num_layers": 3, "ffn_hidden": 56, "attention": GROUPED} | changes))
+    return Model(
+        **({"vocab_size": 40, "dim": 32, "num_layers": 3, "ffn_hidden": 56, "attention": GROUPED} | TORCH | changes)
+    )
 
 
 def run_of(model: Model, **train) -> Run:
@@ -160,10 +165,10 @@ def test_a_capacity_below_one_halves_the_experts_flops():
 @pytest.mark.parametrize("window", [0, 1, 5, 16, 40])
 def test_causal_scores_count_the_pairs_that_the_mask_leaves(window):
     config = model(attention=replace(GROUPED, windows=(window,)))
-    pairs = attention_mask(torch.arange(S), torch.zeros(1, S, dtype=torch.int64), window)
-    assert pairs is not None
+    mask = attention_mask(torch.arange(S), torch.zeros(1, S, dtype=torch.int64), window)
+    assert mask is not None
     full, causal = (flops_by_component(config, S, causal_half=half)["scores"] for half in (False, True))
-    assert causal / full == pytest.approx(pairs.sum().item() / (S * S))
+    assert causal / full == pytest.approx(mask.keys_allowed().sum().item() / (S * S))
 
 
 # -------------------------------------------------------------------------------------------------------------- twin
@@ -326,7 +331,7 @@ def saved_for_backward(config: Model, dtype: torch.dtype, rows: int, length: int
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["dense", "head norms", "latent", "experts", "widths", "shared", "clamps and biases"])
 def test_activation_memory_is_what_autograd_saves_to_ten_percent(name, precision):
-    """Of torch's operators; the compiled kernels keep less, because they do not repeat key heads nor keep what they rotate."""
+    """Of torch's operators; the compiled kernels keep less: no repeated key heads, nothing that is rotated, no mask of S x S."""
     attention = GroupedQueryAttention(num_heads=6, num_kv_heads=3, head_dim=16)
     moe = MoE(num_experts=8, top_k=2, expert_hidden=40, router=TopK(), backend="torch")
     base = Model(vocab_size=256, dim=96, num_layers=3, ffn_hidden=256, attention=attention, backend="torch")
@@ -339,14 +344,13 @@ def test_activation_memory_is_what_autograd_saves_to_ten_percent(name, precision
         "clamps and biases": replace(base, moe=replace(moe, activation="swiglu_oai", expert_bias=True)),
         "shared": replace(base, moe=replace(moe, shared_hidden=64, shared_gate=True, first_dense=1)),
     }[name]
-    run = replace(run_of(config, precision=precision), data=Data(sequence_length=128))
+    run = replace(run_of(config, precision=precision, loss_chunk=0), data=Data(sequence_length=128))
     estimate = memory_bytes(run)
     kept = sum(estimate[part] for part in ("activations", "masks", "weight_casts")) + estimate["logits"] // 2
     saved = saved_for_backward(config, getattr(torch, precision), 2, 128)
     assert kept == pytest.approx(saved, rel=0.1)
-    assert (
-        0.8 * saved <= saved_for_backward(replace(config, backend="auto"), getattr(torch, precision), 2, 128) <= saved
-    )
+    compiled = saved_for_backward(replace(config, backend="auto"), getattr(torch, precision), 2, 128)
+    assert 0.6 * saved <= compiled <= saved
 
 
 def test_states_of_adam_cost_sixteen_bytes_per_parameter():

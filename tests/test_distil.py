@@ -142,7 +142,6 @@ def test_a_resumed_student_equals_one_that_ran_through(place):
     ("more", "says"),
     [
         (["model.vocab_size=300"], "model.vocab_size=257, and this run"),
-        (["train.loss_chunk=8"], "train.loss_chunk=0"),
         (["parallel.pipeline=2"], "parallel.pipeline=1"),
         (["--share", "0"], "share"),
     ],

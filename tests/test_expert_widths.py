@@ -265,7 +265,10 @@ def tiny_model_of(widths: tuple[int, ...], **changes) -> dict:
 
 
 def test_measured_flops_are_those_that_torch_counts_for_the_rows_of_each_expert():
-    run = load(tiny_model_of((8, 16, 8, 24)), ["train.batch_rows=2", "train.micro_rows=2", "data.sequence_length=16"])
+    run = load(
+        tiny_model_of((8, 16, 8, 24)),
+        ["train.batch_rows=2", "train.micro_rows=2", "data.sequence_length=16", "model.backend=torch"],
+    )
     model = Transformer(run.model, seed=0)
     ids = torch.randint(0, 257, (2, 16))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

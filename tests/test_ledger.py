@@ -168,7 +168,7 @@ def test_a_run_with_counters_does_not_model_what_they_count(tmp_path):
     ],
 )
 def test_counted_flops_are_the_formula_where_attention_hides_nothing(tmp_path, overrides, times):
-    run = tiny_run(tmp_path, *overrides)
+    run = tiny_run(tmp_path, "model.backend=torch", *overrides)
     state = build_state(run, parallel.start("cpu"), prepare(run.data))
     with sdpa_kernel(SDPBackend.MATH), flops.counter(run) as counter:
         train_step(state, 0)

@@ -18,7 +18,7 @@ LATENT = LatentAttention(num_heads=4, q_rank=12, kv_rank=16, nope_dim=8, rope_di
 EXPERTS = MoE(
     num_experts=4, top_k=2, expert_hidden=24, router=TopK(), backend="reference", shared_hidden=20, shared_gate=True
 )
-PLAIN = Model(vocab_size=40, dim=32, num_layers=3, ffn_hidden=56, attention=GROUPED)
+PLAIN = Model(vocab_size=40, dim=32, num_layers=3, ffn_hidden=56, attention=GROUPED, backend="torch")
 MODELS = {
     "attention": (PLAIN, ("attention",)),
     "latent attention": (replace(PLAIN, attention=LATENT, moe=EXPERTS), ("attention",)),

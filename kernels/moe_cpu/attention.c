@@ -1,9 +1,11 @@
-/* Causal attention, forward: out = softmax(scale x q k^T, keys up to the query's own position) v, and each row's log-sum-exp.
+/* Causal attention, forward: out = softmax(scale x q k^T, keys from a row's first up to its own position) v, and each row's log-sum-exp.
  *
- * MR query rows at a time: their scores against a chunk of keys stay in the first cache, where they become weights, and the product
+ * A sink is the score of one more key, whose value is zero. MR query rows at a time: their scores against a chunk of keys stay in the first cache, where they become weights, and the product
  * with the values reads them there. Longer sequences are done a chunk after another, with a running maximum; a block of rows passes
- * over a chunk together, so that its keys and values are read from the second cache. Tiles above the diagonal are never computed.
+ * over a chunk together, so that its keys and values are read from the second cache. Tiles that no row sees are never computed.
  */
+#include <float.h>
+
 #include "attention.h"
 
 /* a line of scores is not a power of two apart from the next; a tile's rows have whole vectors of their figures, ROWS wide */
@@ -21,6 +23,8 @@ typedef struct {
     float scale;
     strided q, k, v, out;
     angles by;
+    sight seen;
+    const float *sink; /* of every query head, or none */
     float *lse;
 } job;
 
@@ -60,61 +64,71 @@ static void pack_head(space space, const job *x, long head) {
     pack_panels(head_of(x->v, head / z.M, head % z.M), x->v.row, z.S, round_up(z.S, BLOCK), z.V, 1, space.values);
 }
 
-/* scores of rows [row, row + MR) against keys [first, first + n), and their largest, in a vector for each row */
-static void score(space space, long D, const float *queries, long row, long first, long n, vec *largest) {
+/* scores of rows [row, row + MR) against keys [first, first + n), and the largest of those seen, in a vector for each row */
+static void score(space space, long D, const float *queries, long row, const int *begin, long first, long n, vec *largest) {
     for (int i = 0; i < ROWS; i++) largest[i] = both(-INFINITY);
     for (long j = 0; j < n; j += NR) {
         const tile t = multiply_strided(D, queries, 1, MR, space.keys + (first + j) * D, 2);
-        const int whole = first + j + NR <= row + 1;
+        const int whole = first + j + NR <= row + 1 && first + j >= begin[MR - 1];
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++) {
-            const int seen = row + i + 1 - first - j; /* keys of this tile that the row sees */
+            const int from = begin[i] - first - j, to = row + i + 1 - first - j; /* keys of this tile that the row sees */
             store(space.scores + i * LINE + j, t.at[i][0]);
             store(space.scores + i * LINE + j + VL, t.at[i][1]);
-            const vec left = whole ? t.at[i][0] : pick(lanes < seen, t.at[i][0], both(-INFINITY));
-            const vec right = whole ? t.at[i][1] : pick(lanes + VL < seen, t.at[i][1], both(-INFINITY));
+            const vec left = whole ? t.at[i][0] : pick((lanes >= from) & (lanes < to), t.at[i][0], both(-INFINITY));
+            const vec right = whole ? t.at[i][1] : pick((lanes + VL >= from) & (lanes + VL < to), t.at[i][1], both(-INFINITY));
             largest[i] = greater(greater(left, right), largest[i]);
         }
     }
 }
 
-/* scores of a row become e^(score - top), zeros from `seen` to n; returns parts of their sum */
-static inline vec weigh(float *scores, float top, long seen, long n) {
+/* scores of a row become e^(score - top) from `from` to `to`, and zeros else up to n; returns parts of their sum */
+static inline vec weigh(float *scores, float top, long from, long to, long n) {
     vec sum = {0};
     long j = 0;
-    for (; j + VL <= seen; j += VL) {
+    for (; j + VL <= from; j += VL) *(vec *)(scores + j) = sum;
+    if (j < from) {
+        sum = pick((lanes >= (int)(from - j)) & (lanes < (int)(to - j)), exponential(*(vec *)(scores + j) - top), sum);
+        *(vec *)(scores + j) = sum;
+        j += VL;
+    }
+    for (; j + VL <= to; j += VL) {
         const vec p = exponential(*(vec *)(scores + j) - top);
         *(vec *)(scores + j) = p;
         sum += p;
     }
     for (; j < n; j += VL) {
         vec p = {0};
-        if (j < seen) p = pick(lanes < (int)(seen - j), exponential(*(vec *)(scores + j) - top), p);
+        if (j < to) p = pick(lanes < (int)(to - j), exponential(*(vec *)(scores + j) - top), p);
         *(vec *)(scores + j) = p;
         sum += p;
     }
     return sum;
 }
 
-/* scores of a tile become weights against the largest so far; `fade` is what earlier sums are multiplied by */
-static void soften(space space, long at, long seen, long first, long n, vec *figures, float *fade) {
+/* scores of a tile's row i, against n keys of which it sees those from begin[i] - first to `to` + i, become weights against its largest
+ * so far, which is finite also where it has seen none yet; `fade` is what earlier sums are multiplied by, if this chunk is not the first */
+static void soften(space space, long at, const int *begin, long first, long to, long n, int fresh, vec *figures, float *fade) {
     float *top = space.top + at / MR * ROWS, *weight = space.weight + at / MR * ROWS;
 #pragma GCC unroll 2
     for (int i = 0; i < ROWS; i += VL) {
         transpose(figures + i);
-        vec most = figures[i];
-        for (int j = 1; j < VL; j++) most = greater(most, figures[i + j]);
-        if (first) most = greater(most, *(vec *)(top + i));
-        store(fade + i, first ? exponential(*(vec *)(top + i) - most) : (vec){0});
+        vec most = both(-FLT_MAX);
+        for (int j = 0; j < VL; j++) most = greater(figures[i + j], most);
+        if (!fresh) most = greater(most, *(vec *)(top + i));
+        store(fade + i, fresh ? (vec){0} : exponential(*(vec *)(top + i) - most));
         *(vec *)(top + i) = most;
     }
-    for (int i = 0; i < MR; i++) figures[i] = weigh(space.scores + i * LINE, top[i], least(n, seen + i), n);
+    for (int i = 0; i < MR; i++) {
+        const long from = begin[i] > first ? least(n, begin[i] - first) : 0;
+        figures[i] = weigh(space.scores + i * LINE, top[i], from, least(n, to + i), n);
+    }
 #pragma GCC unroll 2
     for (int i = 0; i < ROWS; i += VL) {
         transpose(figures + i);
         vec sum = figures[i];
         for (int j = 1; j < VL; j++) sum += figures[i + j];
-        *(vec *)(weight + i) = first ? *(vec *)(weight + i) * load(fade + i) + sum : sum;
+        *(vec *)(weight + i) = fresh ? sum : *(vec *)(weight + i) * load(fade + i) + sum;
     }
 }
 
@@ -128,19 +142,21 @@ INLINE void add_values(space space, sizes z, const float *values, long n, float 
         }
 }
 
-/* rows [row, row + MR), the ones from `at` on in the block, against a chunk of keys */
-static void attend_rows(space space, sizes z, long row, long at, long first) {
+/* rows [row, row + MR), the ones from `at` on in the block, against those of the keys [chunk, chunk + CHUNK) that any of them sees */
+static void attend_rows(space space, sizes z, long row, long at, const int *begin, long chunk) {
     float fade[ROWS], *sum = space.sum + at * round_up(z.V, VL);
     vec figures[ROWS];
-    const long n = least(CHUNK, row + MR - first);
-    score(space, z.D, space.queries + at * z.D, row, first, n, figures);
-    soften(space, at, row + 1 - first, first, n, figures, fade);
+    const long own = begin[0] / NR * NR, fresh = own >= chunk, first = fresh ? own : chunk;
+    const long n = least(chunk + CHUNK, row + MR) - first;
+    if (n <= 0) return;
+    score(space, z.D, space.queries + at * z.D, row, begin, first, n, figures);
+    soften(space, at, begin, first, row + 1 - first, n, fresh, figures, fade);
     const float *values = space.values;
     for (long j = 0; j < z.V; j += NR, values += round_up(z.S, BLOCK) * NR) {
         if (z.V - j > VL)
-            add_values(space, z, values + first * NR, n, sum + j, first ? fade : NULL, 2);
+            add_values(space, z, values + first * NR, n, sum + j, fresh ? NULL : fade, 2);
         else
-            add_values(space, z, values + first * VL, n, sum + j, first ? fade : NULL, 1);
+            add_values(space, z, values + first * VL, n, sum + j, fresh ? NULL : fade, 1);
     }
 }
 
@@ -151,9 +167,12 @@ static void attend_block(space space, const job *x, place at, place next, long a
     long stride = x->q.row;
     const float *queries = turned(head_of(x->q, at.b, at.n) + at.first * stride, &stride, rows, at.first, z.D, x->by, space.room);
     pack_turned(queries, stride, rows, z.D, MR, x->scale, space.queries);
-    for (long key = 0; key < at.first + rows; key += CHUNK)
+    int begin[BLOCK];
+    first_keys(x->seen, z.S, at.b, at.first, begin);
+    const long start = begin[0] / NR * NR;
+    for (long key = start; key < at.first + rows; key += CHUNK)
         for (long i = 0; i < rows; i += MR) {
-            if (key == 0) {
+            if (key == start) {
                 if (next.b < z.B) fetch(x->q, z.S, z.D, next.b, next.n, next.first + i);
                 if (ahead < z.B * z.M) {
                     fetch(x->k, z.S, z.D, ahead / z.M, ahead % z.M, at.first + i);
@@ -161,25 +180,34 @@ static void attend_block(space space, const job *x, place at, place next, long a
                 }
                 fetch(x->out, z.S, z.V, at.b, at.n, at.first + i);
             }
-            if (key < at.first + i + MR) attend_rows(space, z, at.first + i, i, key);
+            attend_rows(space, z, at.first + i, i, begin + i, key);
         }
     for (long i = 0; i < rows; i++) {
         const long figure = i / MR * ROWS + i % MR;
-        const float share = 1 / space.weight[figure], *from = space.sum + i * V;
+        float top = space.top[figure], weight = space.weight[figure], part = 1;
+        if (x->sink) {
+            const float sink = x->sink[at.n], most = sink > top ? sink : top;
+            part = expf(top - most);
+            weight = weight * part + expf(sink - most);
+            top = most;
+        }
+        const float share = part / weight, *from = space.sum + i * V;
         float *to = head_of(x->out, at.b, at.n) + (at.first + i) * x->out.row;
         for (long j = 0; j < z.V; j++) to[j] = from[j] * share;
-        x->lse[(at.b * z.N + at.n) * z.S + at.first + i] = space.top[figure] + logf(space.weight[figure]);
+        x->lse[(at.b * z.N + at.n) * z.S + at.first + i] = top + logf(weight);
     }
 }
 
-/* whole heads for a thread where there are enough of them; otherwise all heads are packed first and their blocks shared out */
+/* Whole heads for a thread where there are enough of them; otherwise all heads are packed first and their blocks shared out.
+ * Returns 1 without memory and 2 for first keys that are not in order. */
 int moe_cpu_attention(const sizes *given, float scale, const strided *q, const strided *k, const strided *v, const strided *out,
-                      const angles *by, float *lse, int threads) {
+                      const angles *by, const sight *seen, const float *sink, float *lse, int threads) {
     static __thread float *all = NULL, *own = NULL;
     static __thread size_t all_size = 0, own_held = 0;
     const sizes z = *given;
-    const job x = {z, scale, *q, *k, *v, *out, *by, lse};
+    const job x = {z, scale, *q, *k, *v, *out, *by, *seen, sink, lse};
     const long heads = z.B * z.M;
+    if (!in_order(*seen, z.S, z.B)) return 2;
     if (!heads || !z.N || !z.S) return 0;
     const int whole = heads >= 2 * threads;
     const long all_items = z.B * z.N * blocks(z.S, BLOCK), each = whole ? all_items / heads : 1;

@@ -1,4 +1,5 @@
-/* What the two directions of causal attention share: strided inputs, packing with a factor, products with unpacked left operands.
+/* What the two directions of causal attention share: strided inputs, what rows see, packing with a factor, products with unpacked
+ * left operands.
  *
  * Letters: S positions, D elements of a query or key, V of a value. N query heads share M key heads, N / M consecutive ones each.
  */
@@ -29,6 +30,13 @@ typedef struct {
     long width;
 } angles;
 
+/* the first key that a row sees, for rows of batch b at first + b * batch: never later than the row itself, and no row's is before
+ * the one of the row before; no keys named: all from 0 on */
+typedef struct {
+    const int *first;
+    long batch;
+} sight;
+
 static inline float *head_of(strided x, long b, long n) { return x.data + b * x.batch + n * x.head; }
 static inline long round_up(long count, long size) { return blocks(count, size) * size; }
 static inline vec both(float value) { return (vec){0} + value; }
@@ -42,6 +50,19 @@ static const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
 #else
 static const ints lanes = {0, 1, 2, 3};
 #endif
+
+/* first keys of rows [row, row + BLOCK); those after the last row have the last row's */
+static inline void first_keys(sight seen, long S, long b, long row, int *begin) {
+    for (long i = 0; i < BLOCK; i++) begin[i] = seen.first ? seen.first[b * seen.batch + least(row + i, S - 1)] : 0;
+}
+
+/* whether they are what `sight` says */
+static inline int in_order(sight seen, long S, long batches) {
+    for (long b = 0; seen.first && b < batches; b++)
+        for (long s = 0, before = 0; s < S; before = seen.first[b * seen.batch + s++])
+            if (seen.first[b * seen.batch + s] < before || seen.first[b * seen.batch + s] > s) return 0;
+    return 1;
+}
 
 /* ask for rows [first, first + MR) of a head, to be read or written soon: strided rows are what processors do not foresee */
 static inline void fetch(strided x, long S, long columns, long b, long n, long first) {

@@ -28,8 +28,8 @@ static size_t divide(space *space, sizes z, float *from) {
     return used;
 }
 
-/* p and ds of a row tile and NR keys from `first` on, of which row i sees `seen` + i */
-INLINE void weigh(space space, sizes z, long row, long first, long column, int seen) {
+/* p and ds of a row tile and NR keys from `first` on, of which row i sees those from begin[i] up to `seen` + i */
+INLINE void weigh(space space, sizes z, long row, const int *begin, long first, long column, int seen) {
     float *weights = space.weights + row * BLOCK + column, *slopes = space.slopes + row * BLOCK + column;
     const tile scores = multiply_strided(z.D, space.queries_turned + row * z.D, 1, MR, space.keys_turned + first * z.D, 2);
     for (int i = 0; i < MR; i++)
@@ -38,6 +38,9 @@ INLINE void weigh(space space, sizes z, long row, long first, long column, int s
             const vec p = exponential(scores.at[i][j] - space.lse[row + i]);
             *(vec *)(weights + i * BLOCK + j * VL) = pick(lanes + j * VL < seen + i, p, (vec){0});
         }
+    for (int i = 0; i < MR && first < begin[MR - 1]; i++)
+        for (int j = 0; j < NR; j++)
+            if (first + j < begin[i]) weights[i * BLOCK + j] = 0;
     const tile grads = multiply_strided(z.V, space.grads_turned + row * z.V, 1, MR, space.values_turned + first * z.V, 2);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
@@ -63,7 +66,11 @@ INLINE void add_product(long K, const float *a, long row, long step, const float
 typedef struct {
     strided q, k, v, out, grad, dq, dk, dv;
     angles by;
+    sight seen;
 } tensors;
+
+/* keys of a block from `first` on that no row of a tile sees, whose first row begins at `begin`: whole tiles of them */
+static long unseen(long begin, long first) { return begin > first ? least(BLOCK, (begin - first) / NR * NR) : 0; }
 
 /* what comes next: rows of a query head from `first` on, and those of a key head from `key` on; of no batch where there is nothing */
 typedef struct {
@@ -84,19 +91,28 @@ static void fetch_next(sizes z, const tensors *x, place at, long i) {
 }
 
 /* a block of rows against a block of keys from `first` on; what comes next is fetched meanwhile, during the diagonal pair, the last */
-static void block_pair(space space, sizes z, const tensors *x, long rows, long first, int diagonal, place next) {
+static void block_pair(space space, sizes z, const tensors *x, long rows, const int *begin, long first, int diagonal, place next) {
     const long D = round_up(z.D, VL), V = round_up(z.V, VL), S = round_up(z.S, BLOCK), keys = least(BLOCK, z.S - first);
     for (long i = 0; i < rows; i += MR) {
+        const long from = unseen(begin[i], first), to = diagonal ? i + MR : keys;
         if (diagonal) fetch_next(z, x, next, i);
-        for (long j = 0; j < (diagonal ? i + MR : keys); j += NR) weigh(space, z, i, first + j, j, diagonal ? i + 1 - j : BLOCK);
+        for (long row = i; from && row < i + MR; row++) {
+            memset(space.weights + row * BLOCK, 0, sizeof(float) * from);
+            memset(space.slopes + row * BLOCK, 0, sizeof(float) * from);
+        }
+        for (long j = from; j < to; j += NR) weigh(space, z, i, begin + i, first + j, j, diagonal ? i + 1 - j : BLOCK);
     }
-    for (long j = 0; j < keys; j += MR) {
-        const long skip = diagonal ? j : 0;
-        add_product(rows - skip, space.weights + skip * BLOCK + j, 1, BLOCK, space.grads, BLOCK, skip, space.dv + (first + j) * V, z.V);
-        add_product(rows - skip, space.slopes + skip * BLOCK + j, 1, BLOCK, space.queries, BLOCK, skip, space.dk + (first + j) * D, z.D);
+    for (long j = 0, last = 0; j < keys; j += MR) {
+        const long skip = diagonal ? j : 0; /* rows [skip, last) see keys of this tile */
+        while (last < rows && begin[last] < first + j + MR) last++;
+        if (last <= skip) continue;
+        add_product(last - skip, space.weights + skip * BLOCK + j, 1, BLOCK, space.grads, BLOCK, skip, space.dv + (first + j) * V, z.V);
+        add_product(last - skip, space.slopes + skip * BLOCK + j, 1, BLOCK, space.queries, BLOCK, skip, space.dk + (first + j) * D, z.D);
     }
-    for (long i = 0; i < rows; i += MR)
-        add_product(diagonal ? least(keys, i + MR) : keys, space.slopes + i * BLOCK, BLOCK, 1, space.keys, S, first, space.dq + i * D, z.D);
+    for (long i = 0; i < rows; i += MR) {
+        const long from = unseen(begin[i], first), to = diagonal ? least(keys, i + MR) : keys;
+        if (from < to) add_product(to - from, space.slopes + i * BLOCK + from, BLOCK, 1, space.keys, S, first + from, space.dq + i * D, z.D);
+    }
 }
 
 static inline float inner(const float *a, const float *b, long n) {
@@ -123,7 +139,9 @@ static void block_of_rows(space space, sizes z, float scale, const tensors *x, c
         space.lse[i] = i < rows ? lse[(b * z.N + n) * z.S + first + i] : 0;
     }
     memset(space.dq, 0, sizeof(float) * BLOCK * D);
-    for (long key = 0; key <= first; key += BLOCK) block_pair(space, z, x, rows, key, key == first, next);
+    int begin[BLOCK];
+    first_keys(x->seen, z.S, b, first, begin);
+    for (long key = begin[0] / BLOCK * BLOCK; key <= first; key += BLOCK) block_pair(space, z, x, rows, begin, key, key == first, next);
     for (long i = 0; i < rows; i++) {
         float *to = head_of(x->dq, b, n) + (first + i) * x->dq.row;
         for (long j = 0; j < z.D; j++) to[j] = space.dq[i * D + j] * scale;
@@ -160,12 +178,13 @@ static void write_row(sizes z, const tensors *x, const float *sums, long parts, 
     turn_back(dk, s, x->by);
 }
 
-/* the tensors in order: q, k, v, out, its gradient, and the gradients of q, k and v; then the angles */
+/* the tensors in order: q, k, v, out, its gradient, and the gradients of q, k and v; then the angles and what rows see */
 int moe_cpu_attention_backward(const sizes *given, float scale, const tensors *x, const float *lse, int threads) {
     static __thread float *all = NULL, *own = NULL;
     static __thread size_t all_size = 0, own_held = 0;
     const sizes z = *given;
     const long heads = z.B * z.M, D = round_up(z.D, VL), S = round_up(z.S, BLOCK);
+    if (!in_order(x->seen, z.S, z.B)) return 2;
     if (!heads || !z.N || !z.S) return 0;
     const long parts = heads >= 8 ? 1 : least(blocks(z.S, BLOCK) * (z.N / z.M), blocks(16, heads));
     space nowhere;

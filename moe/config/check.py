@@ -338,11 +338,6 @@ def _distil(run: Run) -> Iterator[str]:
             f"train.distil computes the teacher on whole rows on every rank, and parallel.{cut} "
             f"({getattr(run.parallel, cut)}) cuts them or the model: use parallel.{cut}=1"
         )
-    if run.train.loss_chunk:
-        yield (
-            f"train.distil compares all logits of a micro-batch, and train.loss_chunk ({run.train.loss_chunk}) computes a part "
-            "at a time: use train.loss_chunk=0, and fewer train.micro_rows for less memory"
-        )
 
 
 def _saving(run: Run) -> Iterator[str]:

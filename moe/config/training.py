@@ -121,8 +121,8 @@ class Train:
     """Run the model through torch.compile."""
     activation_checkpointing: bool = False
     """Keep only block inputs and the routing decision; recompute the rest in backward."""
-    loss_chunk: NonNegativeInt = 0
-    """Tokens whose logits exist at once while the loss is computed, whatever the vocabulary; 0 for all of a micro-batch."""
+    loss_chunk: NonNegativeInt = 512
+    """Tokens whose logits exist at once where losses are computed, in training (without a teacher) and evaluation; 0: all."""
     distil: Distil | None = None
     """Learn from a teacher, or none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -97,7 +97,7 @@ def stage_memory(run: Run, layout: Layout, stage: int) -> dict[str, int]:
 def _logits_bytes(run: Run, tokens: float, size: int) -> float:
     """Log-probabilities and their gradient; of a chunk of tokens, with the gradients kept of hidden states and head."""
     model, chunk = run.model, run.train.loss_chunk
-    if not chunk:
+    if not chunk or run.train.distil is not None:
         return tokens * model.vocab_size * 2 * FLOAT32
     kept = tokens * model.dim * size + model.vocab_size * model.dim * FLOAT32
     return min(tokens, chunk) * model.vocab_size * 2 * FLOAT32 + kept

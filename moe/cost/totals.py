@@ -141,7 +141,7 @@ def process_bytes(run: Run) -> int:
 
     With recomputation also the gradients of the block that is being recomputed, which come on top of its activations; without
     it, they fit where activations of blocks above have been. In bfloat16 also the kernels that are compiled for each number
-    of rows of an expert. Not in it: what health measurements hold beyond a step, and an evaluation's logits beyond `loss_chunk`.
+    of rows of an expert. Not in it: what health measurements hold beyond a step.
     """
     copy = _state_bytes(run.model) if run.checkpoint.asynchronous else 0
     return PROCESS_BYTES + sum(memory_bytes(run).values()) + copy + _recomputed_bytes(run) + _kernel_bytes(run)

@@ -22,7 +22,7 @@ from moe.config.load import load
 from moe.data import Corpus, prepare
 from moe.errors import CheckpointError, UserError
 from moe.metrics import JsonLines
-from moe.model import Transformer, token_losses
+from moe.model import Transformer
 from moe.routing import Routing, Tokens
 from moe.train.step import build_state
 
@@ -107,8 +107,9 @@ class Bench:
         found, counted = [], []
         with _rerouted(self.model, reroute, only):
             for ids_BS, targets_BS, tokens in self._batches():
-                logits_BSV = self.model(ids_BS, tokens=tokens).logits_BSV
-                found.append(token_losses(logits_BSV, targets_BS).double())
+                losses_BS = self.model(ids_BS, targets_BS, tokens=tokens, each=True).losses_BS
+                assert losses_BS is not None
+                found.append(losses_BS.double())
                 counted.append(targets_BS >= 0)
         return torch.cat(found), torch.cat(counted)
 

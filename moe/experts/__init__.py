@@ -30,7 +30,7 @@ from moe.init import BIASES, is_bias
 from moe.parallel.exchange import Arrival, Exchange
 from moe.routing import Dispatch, Routing, plan
 from moe_triton.block_sizes import block_of
-from moe_triton.block_sparse import PackedExperts
+from moe_triton.block_sparse.topology import PackedExperts
 
 _INDICES = ("first_block_E1", "expert_C", "column_bounds")
 """Buffers that hold a PackedExperts on the device of the weights; they follow from the widths, and no checkpoint has them."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.experts.triton_backend import require_device
 from moe.routing import Dispatch
-from moe_triton.block_sparse import PackedExperts, variable_width_ffn
+from moe_triton.block_sparse.topology import PackedExperts
 
 
 def expert_ffn(
@@ -18,6 +18,8 @@ def expert_ffn(
 
     Weights packed [F, D] each, or stacked [E, D, F], [E, D, F], [E, F, D]: then gate and up are copied into the packed order.
     """
+    from moe_triton.block_sparse.ffn import variable_width_ffn  # late: most runs never need it
+
     assert packed is not None, "this backend needs the experts' blocks"
     require_device("block_sparse", x_TD)
     if w_up.ndim == 3:

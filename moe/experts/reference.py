@@ -7,8 +7,8 @@ from torch import Tensor
 from moe.experts.activation import Activation
 from moe.routing import Dispatch
 from moe_triton import reference
-from moe_triton.block_sparse import PackedExperts
 from moe_triton.block_sparse.reference import variable_width_ffn
+from moe_triton.block_sparse.topology import PackedExperts
 
 
 def expert_ffn(

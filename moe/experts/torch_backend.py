@@ -19,7 +19,7 @@ from moe.experts.activation import Activation, activate, gate_values, input_grad
 from moe.experts.row_blocks import Block, Scratch, TokenSums, blocks_of, clear, multiply, sum_over_rows
 from moe.routing import Dispatch
 from moe_cpu import experts as cpu_experts
-from moe_triton.block_sparse import PackedExperts
+from moe_triton.block_sparse.topology import PackedExperts
 
 _Matrices = list[tuple[Tensor, Tensor, Tensor]]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe.errors import BackendError
 from moe.experts.activation import Activation
 from moe.routing import Dispatch
-from moe_triton.block_sparse import PackedExperts
+from moe_triton.block_sparse.topology import PackedExperts
 
 
 def require(name: str = "triton") -> None:

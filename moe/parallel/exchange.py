@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as collectives
 
 from moe.parallel.placement import inverse
 from moe.routing import Counts, Dispatch, Routing, count_rows, plan
@@ -229,6 +228,8 @@ def _by_token(token_U: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 
 def _travel(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     """All-to-all of rows, `sent` to and `received` from each rank; gradients travel the other way."""
+    from torch.distributed import _functional_collectives as collectives  # late: a twentieth of `import moe.model`
+
     rows = rows.contiguous()
     if rows.requires_grad:
         return collectives.all_to_all_single_autograd(rows, received, sent, group)

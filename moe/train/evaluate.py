@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moe.data import Batch, Corpus
-from moe.model import IGNORE, Transformer, token_losses
+from moe.model import IGNORE, Transformer
 from moe.parallel import Ranks
 from moe.routing import Tokens
 from moe.train.stages import through_stages
@@ -77,12 +77,12 @@ def evaluate(
     model.eval()
     sums_3R = torch.zeros(3, rows, dtype=torch.float64, device=ranks.device)
     for span, batch, tokens in rounds(corpus, ranks, rows=rows, micro_rows=micro_rows, begin=begin):
-        call = partial(model, batch.ids_BS, tokens=tokens)
-        logits_BSV = through_stages(ranks, model, batch.ids_BS, call).logits_BSV
-        if logits_BSV is None:  # the last stage counts
+        call = partial(model, batch.ids_BS, batch.targets_BS, tokens=tokens, each=True)
+        losses_BS = through_stages(ranks, model, batch.ids_BS, call).losses_BS
+        if losses_BS is None:  # the last stage counts
             continue
         here, n = slice(span.start - begin, span.stop - begin), len(span)
-        sums_3R[0, here] = token_losses(logits_BSV, batch.targets_BS).double().sum(1)[:n]
+        sums_3R[0, here] = losses_BS.double().sum(1)[:n]
         sums_3R[1, here] = batch.bytes_B[:n]
         sums_3R[2, here] = (batch.targets_BS != IGNORE).sum(1).double()[:n]
     model.train(was_training)

@@ -52,7 +52,13 @@ def test_layer_equals_a_loop_over_modules(launches):
 
 @pytest.mark.parametrize("variant", [pytest.param("run", marks=pytest.mark.full), "mixed_widths"])
 def test_memory_plan_is_what_autograd_saves_to_ten_percent(variant):
-    settings = ["model.moe.backend=block_sparse", "train.micro_rows=2", "data.sequence_length=48"]
+    settings = [
+        "model.moe.backend=block_sparse",
+        "train.micro_rows=2",
+        "data.sequence_length=48",
+        "train.loss_chunk=0",
+        "model.backend=torch",
+    ]
     run = load(f"{SMOKE}:{variant}", settings)
     model = Transformer(run.model)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

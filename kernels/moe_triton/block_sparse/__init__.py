@@ -9,22 +9,25 @@
 | ffn.py, glu_kernels.py | the expert FFN for experts of different widths, and its activation on blocks |
 | reference.py | what all of it means: masked dense products and a loop over experts |
 
-Triton is imported by triton_path and glu_kernels only, at their first use.
+A name is imported from its file when it is first asked for; Triton by triton_path and glu_kernels only, at their first use.
 """
 
-from moe_triton.block_sparse import ffn, products
-from moe_triton.block_sparse.ffn import variable_width_ffn
-from moe_triton.block_sparse.linear import BlockSparseLinear
-from moe_triton.block_sparse.products import dds, dsd, sdd
-from moe_triton.block_sparse.topology import (
-    PackedExperts,
-    Topology,
-    from_mask,
-    from_pruning,
-    from_routing,
-    from_widths,
-)
-from moe_triton.compile_case import CompileCase
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_triton.block_sparse.ffn import variable_width_ffn
+    from moe_triton.block_sparse.linear import BlockSparseLinear
+    from moe_triton.block_sparse.products import dds, dsd, sdd
+    from moe_triton.block_sparse.topology import (
+        PackedExperts,
+        Topology,
+        from_mask,
+        from_pruning,
+        from_routing,
+        from_widths,
+    )
+    from moe_triton.compile_case import CompileCase
 
 __all__ = [
     "BlockSparseLinear",
@@ -41,6 +44,29 @@ __all__ = [
 ]
 
 
-def compile_cases() -> list[CompileCase]:
+_HOMES = {
+    "BlockSparseLinear": "linear",
+    "PackedExperts": "topology",
+    "Topology": "topology",
+    "dds": "products",
+    "dsd": "products",
+    "from_mask": "topology",
+    "from_pruning": "topology",
+    "from_routing": "topology",
+    "from_widths": "topology",
+    "sdd": "products",
+    "variable_width_ffn": "ffn",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moe_triton.block_sparse' has no attribute {name!r}")
+    return getattr(import_module(f"moe_triton.block_sparse.{_HOMES[name]}"), name)
+
+
+def compile_cases() -> "list[CompileCase]":
     """The compile gate's cases of every operator here."""
+    from moe_triton.block_sparse import ffn, products
+
     return [*products.compile_cases(), *ffn.compile_cases()]
