@@ -117,10 +117,12 @@ def unsupported(
     if not (0 < D <= MAX_DIM and 0 < V <= MAX_DIM):
         return f"heads of 1 to {MAX_DIM} elements, not {D} and {V}"
     for x in angles:
-        if x.dim() != 2 or x.shape[0] != S or x.shape[1] > D or x.shape[1] % 2 or x.shape != angles[0].shape:
+        if x.dim() != 2 or x.shape[0] != S or x.shape[1] > D or x.shape[1] % 2:
             return f"angles of {S} positions for an even number of elements up to {D}, not {list(x.shape)}"
         if x.requires_grad:
             return "angles have no gradient here"
+    if cos_sin is not None and cos_sin[0].shape != cos_sin[1].shape:
+        return f"angles of {S} positions, cosines {list(cos_sin[0].shape)} and sines {list(cos_sin[1].shape)}"
     if first_BS is not None:
         if first_BS.dtype != torch.int32 or first_BS.device.type != "cpu":
             return f"first keys are int32 on the CPU, not {first_BS.dtype} on {first_BS.device}"
