@@ -27,9 +27,12 @@ def chunked_cross_entropy(
 
     Products are in x_TD's type, the rest in float32 or wider; weight_VD [V, D] is cast at use. `chunk`: tokens at a time.
     """
-    keep = torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad)
+    grad = torch.is_grad_enabled()
+    keep_x, keep_weight = grad and x_TD.requires_grad, grad and weight_VD.requires_grad
     native = compiled and fits(x_TD, weight_VD)
-    return _ChunkedCrossEntropy.apply(x_TD, weight_VD, targets_T, chunk, keep, native)  # type: ignore[return-value]
+    return _ChunkedCrossEntropy.apply(  # type: ignore[return-value]
+        x_TD, weight_VD, targets_T, chunk, keep_x, keep_weight, native
+    )
 
 
 @torch.no_grad()
@@ -43,19 +46,55 @@ def target_losses(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int
     return torch.cat(losses)
 
 
-def _native(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, keep: bool) -> tuple[Tensor, ...]:
-    """The sum by moe_cpu's kernels and, if they are kept, the gradients of x_TD and weight_VD."""
+_Sums = tuple[Tensor, Tensor | None, Tensor | None]
+"""The sum, and the gradients of x_TD and weight_VD where they are kept."""
+
+
+def _native(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, keep_x: bool, keep_weight: bool) -> _Sums:
+    """The sums by moe_cpu's kernels."""
     total = x_TD.new_zeros(())
-    gradient_TD, gradient_VD = (torch.empty_like(x_TD), torch.zeros_like(weight_VD)) if keep else (None, None)
+    gradient_TD = torch.empty_like(x_TD) if keep_x else None
+    gradient_VD = torch.zeros_like(weight_VD) if keep_weight else None
     for begin in range(0, x_TD.shape[0], chunk):
         here = slice(begin, begin + chunk)
         share_CV = x_TD.new_empty(x_TD[here].shape[0], weight_VD.shape[0])
         product_into(x_TD[here], weight_VD.t(), share_CV, False)
-        total += cross_entropy_(share_CV, targets_T[here], gradient=keep).sum()
-        if gradient_TD is not None and gradient_VD is not None:
+        total += cross_entropy_(share_CV, targets_T[here], gradient=keep_x or keep_weight).sum()
+        if gradient_TD is not None:
             product_into(share_CV, weight_VD, gradient_TD[here], False)
+        if gradient_VD is not None:
             product_into(share_CV.t(), x_TD[here], gradient_VD, True)
-    return (total, gradient_TD, gradient_VD) if gradient_TD is not None and gradient_VD is not None else (total,)
+    return total, gradient_TD, gradient_VD
+
+
+def _by_torch(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, keep_x: bool, keep_weight: bool) -> _Sums:
+    """The sums by torch's operators. The weight's gradient is added up in float32 or wider, whatever the type of both."""
+    w_VD = weight_VD.to(x_TD.dtype)
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    total = torch.zeros((), dtype=wide, device=x_TD.device)
+    gradients_x = [x_TD[:0]] if keep_x else None
+    gradient_VD = torch.zeros_like(weight_VD, dtype=wide) if keep_weight else None
+    for x_CD, target_C in zip(x_TD.split(chunk), targets_T.split(chunk), strict=True):
+        # few passes over [chunk, V], where the time goes: what has no target is masked in [chunk, D] and [chunk, 1]
+        log_CV = linear(x_CD, w_VD).to(wide).log_softmax(1)
+        ignored_C1 = (target_C == IGNORE).unsqueeze(1)
+        target_C1 = target_C.clamp(min=0).unsqueeze(1)
+        total -= log_CV.gather(1, target_C1).masked_fill(ignored_C1, 0.0).sum()
+        if not (keep_x or keep_weight):
+            continue
+        share_CV = log_CV.exp_()
+        share_CV.scatter_(1, target_C1, share_CV.gather(1, target_C1) - 1)
+        change_CV = share_CV.to(x_CD.dtype)
+        if gradients_x is not None:
+            gradients_x.append((change_CV @ w_VD).masked_fill_(ignored_C1, 0.0))
+        if gradient_VD is not None:
+            counted_CD = x_CD.masked_fill(ignored_C1, 0.0)
+            if gradient_VD.dtype == x_CD.dtype:
+                gradient_VD.addmm_(change_CV.t(), counted_CD)
+            else:
+                gradient_VD += change_CV.t() @ counted_CD
+    gradient_TD = torch.cat(gradients_x) if gradients_x is not None else None
+    return total, gradient_TD, gradient_VD.to(weight_VD.dtype) if gradient_VD is not None else None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -63,49 +102,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int, keep: bool, native: bool
+        ctx,
+        x_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        chunk: int,
+        keep_x: bool,
+        keep_weight: bool,
+        native: bool,
     ) -> Tensor:
-        if native:
-            total, *gradients = _native(x_TD, weight_VD, targets_T, chunk, keep)
-            ctx.save_for_backward(*gradients)
-            return total
-        w_VD = weight_VD.to(x_TD.dtype)
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=x_TD.device)
-        gradients_x, gradient_VD = [], torch.zeros_like(weight_VD) if keep else None
-        for x_CD, target_C in zip(x_TD.split(chunk), targets_T.split(chunk), strict=True):
-            # few passes over [chunk, V], where the time goes: what has no target is masked in [chunk, D] and [chunk, 1]
-            log_CV = linear(x_CD, w_VD).to(wide).log_softmax(1)
-            ignored_C1 = (target_C == IGNORE).unsqueeze(1)
-            target_C1 = target_C.clamp(min=0).unsqueeze(1)
-            total -= log_CV.gather(1, target_C1).masked_fill(ignored_C1, 0.0).sum()
-            if gradient_VD is not None:
-                share_CV = log_CV.exp_()
-                share_CV.scatter_(1, target_C1, share_CV.gather(1, target_C1) - 1)
-                change_CV = share_CV.to(x_CD.dtype)
-                gradients_x.append((change_CV @ w_VD).masked_fill_(ignored_C1, 0.0))
-                counted_CD = x_CD.masked_fill(ignored_C1, 0.0)
-                if gradient_VD.dtype == x_CD.dtype:
-                    gradient_VD.addmm_(change_CV.t(), counted_CD)
-                else:
-                    gradient_VD += change_CV.t() @ counted_CD
-        if gradient_VD is not None:
-            gradient_TD = torch.cat(gradients_x) if gradients_x else torch.zeros_like(x_TD)
-            ctx.save_for_backward(gradient_TD, gradient_VD)
+        sums = _native if native else _by_torch
+        total, gradient_TD, gradient_VD = sums(x_TD, weight_VD, targets_T, chunk, keep_x, keep_weight)
+        ctx.save_for_backward(gradient_TD, gradient_VD)
         return total
 
     @staticmethod
-    def backward(ctx, *scales: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        gradient_TD, gradient_VD = ctx.saved_tensors
-        scale = scales[0]
-        return (
-            gradient_TD * scale.to(gradient_TD.dtype),
-            gradient_VD * scale.to(gradient_VD.dtype),
-            None,
-            None,
-            None,
-            None,
+    def backward(ctx, *scales: Tensor) -> tuple[Tensor | None, ...]:
+        of_x, of_weight = (
+            gradient * scales[0].to(gradient.dtype) if gradient is not None else None for gradient in ctx.saved_tensors
         )
+        return of_x, of_weight, None, None, None, None, None
 
 
 @dataclass(frozen=True)

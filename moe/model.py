@@ -35,7 +35,7 @@ class Output:
     """What a forward pass returns; nothing of it is stored anywhere else."""
 
     logits_BSV: Tensor | None
-    """Logits, float32; None when targets were given."""
+    """Logits, float32; None when targets were given, or no head was asked for."""
     loss: Tensor | None
     """This micro-batch's additive part of the step's language-model loss in nats per token; None without targets."""
     losses: dict[str, Tensor]
@@ -154,6 +154,7 @@ class Transformer(nn.Module):
         auxiliary: Tensor | None = None,
         soft: Soft | None = None,
         each: bool = False,
+        head: bool = True,
     ) -> Output:
         """Run the model on ids_BS [B, S] int64.
 
@@ -162,7 +163,8 @@ class Transformer(nn.Module):
         entry per layer, holds the tokens before ids_BS and is extended by it; no router drops a token then. A stage of a
         pipeline goes on from the hidden states [B, S, D] and the auxiliary losses of the stage before. `soft` are a teacher's
         logits: its divergence enters the objective and is reported among the losses, `loss` stays the cross-entropy. `each` asks
-        for every target's loss apart, and for no sum and no gradient.
+        for every target's loss apart, and for no sum and no gradient; without `head` the pass ends after the blocks, for who asks
+        for the routing alone.
         """
         past = cache[0].length if cache is not None else 0
         first = past if self.context is None else self.context.first(ids_BS.shape[1])
@@ -192,6 +194,8 @@ class Transformer(nn.Module):
         if self.norm is None:
             so_far = torch.as_tensor(weighted, dtype=torch.float32, device=x_BSD.device)
             return Output(None, None, losses, so_far, reports, x_BSD)
+        if not head:
+            return Output(None, None, losses, None, reports)
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return Output(self._logits(x_BSD), None, losses, None, reports)

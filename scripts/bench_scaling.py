@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from bench_common import Ratio, clock_of, keep, machine, options, parse, spread
 
-from moe.attention import RotaryEmbedding
 from moe.config.schema import GroupedQueryAttention, Model, MoE
-from moe.model import Block
+from moe.model import Transformer
 from moe.moe_layer import MoELayer
 from moe.routers.topk import Config as TopK
 from moe.routing import Tokens
@@ -38,12 +37,14 @@ LINES: dict[str, list[int]] = {
     "S": [256, 512, 1024, 2048, 4096],
 }
 BLOCK_TOKENS = 4096
+_STEPS = [digit * 10**power for power in range(5) for digit in (1, 1.5, 2, 3, 4, 5, 7)]
+"""Where the plots' axes of milliseconds have numbers."""
 
 
 def layer_of(sizes: dict[str, int]) -> Callable[[], None]:
     """A function that does forward and backward of a layer of these sizes."""
     router = TopK(gate="full") if sizes["K"] == 1 else TopK()
-    config = MoE(num_experts=sizes["E"], top_k=sizes["K"], expert_hidden=sizes["F"], router=router, backend="torch")
+    config = MoE(num_experts=sizes["E"], top_k=sizes["K"], expert_hidden=sizes["F"], router=router)
     layer = MoELayer(config, sizes["D"], layer=0)
     x_BSD = torch.randn(1, sizes["T"], sizes["D"])
 
@@ -59,9 +60,10 @@ def layer_of(sizes: dict[str, int]) -> Callable[[], None]:
 def block_of(S: int) -> Callable[[], None]:
     """The same of a block with attention, in rows of S."""
     attention = GroupedQueryAttention(num_heads=4, num_kv_heads=4, head_dim=64)
-    moe = MoE(num_experts=BASE["E"], top_k=BASE["K"], expert_hidden=BASE["F"], router=TopK(), backend="torch")
+    moe = MoE(num_experts=BASE["E"], top_k=BASE["K"], expert_hidden=BASE["F"], router=TopK())
     model = Model(vocab_size=257, dim=BASE["D"], num_layers=1, ffn_hidden=512, attention=attention, moe=moe)
-    block, rotary = Block(model, 0, 0, 1.0), RotaryEmbedding(model.rotary, 64)
+    whole = Transformer(model)
+    block, rotary = whole.layers[0], whole.rotary
     x_BSD = torch.randn(BLOCK_TOKENS // S, S, BASE["D"])
     tokens, angles = Tokens.of_hidden(x_BSD), rotary(torch.arange(S))
 
@@ -145,6 +147,8 @@ def plot(points: dict[tuple[str, int], Ratio], path: Path) -> None:
             title=f"{'block' if name == 'S' else 'layer'} over {name}",
         )
         axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        axis.set_yticks([step for step in _STEPS if 0.7 * middle[0] < step < 1.4 * max(middle)])
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.set_ylim(0.7 * min(v.low for v in values), 1.4 * max([v.high for v in values]))
     path.parent.mkdir(parents=True, exist_ok=True)

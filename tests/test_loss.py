@@ -7,11 +7,21 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from moe.config.schema import GroupedQueryAttention, Model
-from moe.loss import IGNORE, chunked_cross_entropy
-from moe.model import Transformer
+from moe.config.schema import AdamW, Data, GroupedQueryAttention, Model, MoE, Run, Train
+from moe.loss import IGNORE, chunked_cross_entropy, target_losses
+from moe.model import Transformer, token_losses
+from moe.routers.topk import Config as TopK
+from moe.train import flops as train_flops
 
 T, D, V = 37, 6, 23
+
+
+def counter():
+    """Counts the kernels' products too."""
+    attention = GroupedQueryAttention(num_heads=1, num_kv_heads=1, head_dim=4)
+    model = Model(vocab_size=V, dim=8, num_layers=1, ffn_hidden=8, attention=attention)
+    train = Train(steps=1, batch_rows=1, micro_rows=1, optimizer=AdamW(lr=0.1))
+    return train_flops.counter(Run(name="test", model=model, data=Data(), train=train))
 
 
 def operands(dtype=torch.float64, weight_dtype=None):
@@ -59,6 +69,39 @@ def test_training_types_are_no_further_from_float64_than_all_logits(dtype):
     assert abs(mine.double() - truth) <= 2 * abs(whole.double() - truth) + torch.finfo(dtype).eps * truth
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_what_is_frozen_costs_no_product(frozen, compiled):
+    """Of three products of a chunk two are left, and the gradient of the other operand is the same."""
+    x_TD, weight_VD, targets_T = operands(torch.float32)
+    both = torch.autograd.grad(
+        chunked_cross_entropy(x_TD, weight_VD, targets_T, 8, compiled=compiled), [x_TD, weight_VD]
+    )
+    held, free = (x_TD, weight_VD) if frozen == "x" else (weight_VD, x_TD)
+    held.requires_grad_(False)
+    with counter() as flops:
+        loss = chunked_cross_entropy(x_TD, weight_VD, targets_T, 8, compiled=compiled)
+    (alone,) = torch.autograd.grad(loss, [free])
+    assert torch.equal(alone, both[1] if frozen == "x" else both[0])
+    assert flops.get_total_flops() == 2 * 2 * T * D * V
+
+
+def test_sixteen_bit_weights_have_a_gradient_that_is_rounded_once():
+    """As FSDP2 hands them over. Adding up chunks in bfloat16 would round at each: here 128 times."""
+    x_TD, weight_VD = torch.randn(1024, D, dtype=torch.bfloat16), torch.randn(V, D, dtype=torch.bfloat16)
+    targets_T = torch.randint(0, V, (1024,))
+    errors = []
+    exact = weight_VD.double().requires_grad_()
+    truth = cross_entropy(x_TD.double() @ exact.t(), targets_T, reduction="sum")
+    (truth,) = torch.autograd.grad(truth, [exact])
+    for chunk in (8, 1024):
+        weight = weight_VD.clone().requires_grad_()
+        (found,) = torch.autograd.grad(chunked_cross_entropy(x_TD, weight, targets_T, chunk), [weight])
+        assert found.dtype == torch.bfloat16
+        errors.append((found.double() - truth).norm() / truth.norm())
+    assert errors[0] < 1.2 * errors[1]
+
+
 def test_no_targets_and_no_tokens_are_nothing():
     x_TD, weight_VD, targets_T = operands()
     for x, targets in ((x_TD, torch.full_like(targets_T, IGNORE)), (x_TD[:0], targets_T[:0])):
@@ -75,6 +118,38 @@ def test_what_is_not_finite_is_seen_and_padding_hides_what_it_holds():
     with torch.no_grad():
         x_TD[1] = torch.nan
     assert chunked_cross_entropy(x_TD, weight_VD, targets_T, 8).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 8, 1000])
+def test_each_targets_loss(chunk, dtype):
+    x_TD, weight_VD, targets_T = operands(dtype, torch.float32)
+    logits_TV = (x_TD @ weight_VD.to(dtype).t()).to(torch.promote_types(dtype, torch.float32))
+    expected = cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="none")
+    found = target_losses(x_TD, weight_VD, targets_T, chunk)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert not found.requires_grad
+    assert (found[targets_T == IGNORE] == 0).all()
+    assert target_losses(x_TD[:0], weight_VD, targets_T[:0], chunk).shape == (0,)
+
+
+def test_a_model_gives_each_targets_loss_or_its_routing_alone():
+    attention = GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=4)
+    experts = MoE(num_experts=4, top_k=2, expert_hidden=8, router=TopK())
+    config = Model(vocab_size=V, dim=8, num_layers=2, ffn_hidden=8, attention=attention, moe=experts)
+    ids, targets = torch.randint(0, V, (2, 9)), torch.randint(0, V, (2, 9))
+    targets[0, :3] = IGNORE
+    for chunk in (0, 4):
+        model = Transformer(config, seed=1, loss_chunk=chunk)
+        whole = model(ids, targets)
+        output = model(ids, targets, each=True)
+        assert output.losses_BS.shape == (2, 9) and output.loss is None and output.objective is None
+        torch.testing.assert_close(output.losses_BS.sum() / 15, whole.loss.detach())
+        torch.testing.assert_close(output.losses_BS, token_losses(model(ids).logits_BSV, targets))
+        bare = model(ids, head=False)
+        assert bare.logits_BSV is None and bare.loss is None
+        for one, other in zip(bare.routing, whole.routing, strict=True):
+            assert torch.equal(one.selection.expert_R, other.selection.expert_R)
 
 
 @pytest.mark.parametrize("tied", [False, True])

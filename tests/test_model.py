@@ -159,13 +159,25 @@ def test_two_layers_of_one_seed_differ():
 @pytest.mark.parametrize("router", [TopK(noise="gaussian", noise_scale=0.3, capacity_factor=0.9), Random(), Choice()])
 def test_the_model_compiles_as_one_graph(router, recompute):
     """Forward and backward, traced by torch.compile without a break, give what eager gives."""
-    config, ids = tiny(moe=replace(EXPERTS, router=router)), ids_of()
-    results = []
+    same_when_compiled(tiny(moe=replace(EXPERTS, router=router)), recompute)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch, tracing its own Function
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_documents_windows_sinks_and_chunks_compile_as_one_graph(backend, recompute):
+    config = tiny(attention=replace(GQA, windows=(3, 0), sinks=True), backend=backend)
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
+    same_when_compiled(config, recompute, documents, loss_chunk=5)
+
+
+def same_when_compiled(config, recompute, documents=None, **settings):
+    ids, results = ids_of(), []
     for compiled in (False, True):
         torch.compiler.reset()
-        model = Transformer(config, seed=2, recompute=recompute).train()
+        model = Transformer(config, seed=2, recompute=recompute, **settings).train()
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-        out = run(ids, ids.roll(-1, 1))
+        out = run(ids, ids.roll(-1, 1), tokens=Tokens.of(ids, document_BS=documents))
         out.objective.backward()
         results.append((out.objective, [p.grad for p in model.parameters()]))
     (plain, grads), (traced, traced_grads) = results

@@ -1,6 +1,8 @@
 /* Causal attention, forward: out = softmax(scale x q k^T, keys from a row's first up to its own position) v, and each row's log-sum-exp.
  *
- * A sink is the score of one more key, whose value is zero. MR query rows at a time: their scores against a chunk of keys stay in the first cache, where they become weights, and the product
+ * A sink is the score of one more key, whose value is zero.
+ *
+ * MR query rows at a time: their scores against a chunk of keys stay in the first cache, where they become weights, and the product
  * with the values reads them there. Longer sequences are done a chunk after another, with a running maximum; a block of rows passes
  * over a chunk together, so that its keys and values are read from the second cache. Tiles that no row sees are never computed.
  */
@@ -190,7 +192,8 @@ static void attend_block(space space, const job *x, place at, place next, long a
             part = expf(top - most);
             weight = weight * part + expf(sink - most);
             top = most;
-        }
+        } else if (top == -FLT_MAX)
+            weight = NAN; /* every score is -inf: 0 / 0, as it is everywhere else */
         const float share = part / weight, *from = space.sum + i * V;
         float *to = head_of(x->out, at.b, at.n) + (at.first + i) * x->out.row;
         for (long j = 0; j < z.V; j++) to[j] = from[j] * share;

@@ -99,7 +99,7 @@ def _logits_bytes(run: Run, tokens: float, size: int) -> float:
     model, chunk = run.model, run.train.loss_chunk
     if not chunk or run.train.distil is not None:
         return tokens * model.vocab_size * 2 * FLOAT32
-    kept = tokens * model.dim * size + model.vocab_size * model.dim * FLOAT32
+    kept = tokens * model.dim * size + (model.lora is None) * model.vocab_size * model.dim * FLOAT32
     return min(tokens, chunk) * model.vocab_size * 2 * FLOAT32 + kept
 
 

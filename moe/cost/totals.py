@@ -64,7 +64,7 @@ def executed_flops(run: Run, layout: Layout | None = None) -> float:
     """FLOPs of one step over all ranks, as torch counts them: with everything that is computed twice.
 
     Fused attention computes the scores again in its backward pass (5 products for 4); checkpointing every block's
-    forward pass; a first pass for the balance loss the whole forward pass.
+    forward pass; a first pass for the balance loss as much.
     """
     length = run.data.sequence_length
     parts = flops_by_component(run.model, length)
@@ -73,7 +73,7 @@ def executed_flops(run: Run, layout: Layout | None = None) -> float:
     if run.train.activation_checkpointing:
         per_token += forward - parts["head"]
     if needs_first_pass(run, layout or Layout()):
-        per_token += forward
+        per_token += forward - parts["head"]
     return per_token * run.train.batch_rows * length
 
 
@@ -136,15 +136,19 @@ def _expert_tensors(model: Model) -> int:
     return 3 + 3 * moe.expert_bias + router + 3 * (moe.shared_hidden > 0) + moe.shared_gate + 2 * (moe.latent_dim > 0)
 
 
-def process_bytes(run: Run) -> int:
+def process_bytes(run: Run, *, native: bool = False) -> int:
     """Peak resident memory of a run in one process on a CPU: libraries, the step's plan, and the copy that is being saved.
 
     With recomputation also the gradients of the block that is being recomputed, which come on top of its activations; without
     it, they fit where activations of blocks above have been. In bfloat16 also the kernels that are compiled for each number
-    of rows of an expert. Not in it: what health measurements hold beyond a step.
+    of rows of an expert. `native`: moe_cpu's kernels compute what they can of this run's type; they need no masks of S x S in
+    float32 and no kernels for row counts in bfloat16. Not in it: what health measurements hold beyond a step.
     """
-    copy = _state_bytes(run.model) if run.checkpoint.asynchronous else 0
-    return PROCESS_BYTES + sum(memory_bytes(run).values()) + copy + _recomputed_bytes(run) + _kernel_bytes(run)
+    copy, parts = _state_bytes(run.model) if run.checkpoint.asynchronous else 0, memory_bytes(run)
+    if native and run.train.precision == "float32":
+        parts["masks"] = 0
+    kernels = 0 if native else _kernel_bytes(run)
+    return PROCESS_BYTES + sum(parts.values()) + copy + _recomputed_bytes(run) + kernels
 
 
 def _recomputed_bytes(run: Run) -> int:

@@ -118,7 +118,7 @@ class Bench:
         """Rows per expert of each layer."""
         counts: dict[int, Tensor] = {}
         for ids_BS, _, tokens in self._batches():
-            for report in self.model(ids_BS, tokens=tokens).routing:
+            for report in self.model(ids_BS, tokens=tokens, head=False).routing:
                 counts[report.layer] = counts.get(report.layer, 0) + report.statistics["counts_E"]
         return counts
 

@@ -76,7 +76,8 @@ def measure_use(model: Transformer, batches: Iterator[Batch], *, rows: int) -> d
         tokens = Tokens.of(batch.ids_BS, valid_BS=batch.valid_BS, document_BS=batch.document_BS)
         share = -(-SAMPLED_TOKENS * len(batch.row_B) // rows)
         with watching(model) as seen:
-            model(batch.ids_BS, tokens=replace(tokens, row_T=batch.row_B.repeat_interleave(batch.ids_BS.shape[1])))
+            rows_T = batch.row_B.repeat_interleave(batch.ids_BS.shape[1])
+            model(batch.ids_BS, tokens=replace(tokens, row_T=rows_T), head=False)
         for one in seen:
             E = one.routing.num_experts
             use = found.setdefault(one.layer, _unused(E))

@@ -179,7 +179,7 @@ def _on_probe(state: State) -> dict[int, dict[str, Any]]:
     parts = {layer: _Probe(module, rows * S, ranks.device) for layer, module in model.moe_layers()}
     for span, batch, tokens in rounds(corpus, ranks, rows=rows, micro_rows=state.run.train.micro_rows):
         with watching(model) as seen:
-            model(batch.ids_BS, tokens=tokens)
+            model(batch.ids_BS, tokens=tokens, head=False)
         # places in the probe set, of which this rank may see a part of each row
         row_T = torch.arange(span.start, span.stop, device=ranks.device).repeat_interleave(batch.ids_BS.shape[1])
         for one in seen:

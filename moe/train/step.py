@@ -192,7 +192,7 @@ def _with_global_counts(state: State, batches: list[Batch], inputs: list[Tokens]
     counts_LE = torch.zeros(model.num_layers, moe.num_experts, dtype=torch.int64, device=state.ranks.device)
     with torch.no_grad():
         for batch, tokens in zip(batches, inputs, strict=True):
-            call = partial(forward, state, batch, tokens)
+            call = partial(forward, state, batch, tokens, head=False)
             for layer in through_stages(state.ranks, state.model, batch.ids_BS, call).routing:
                 counts_E = layer.statistics["counts_E"]
                 counts_LE[layer.layer, : len(counts_E)] += counts_E
@@ -200,17 +200,17 @@ def _with_global_counts(state: State, batches: list[Batch], inputs: list[Tokens]
     return [replace(tokens, step_counts_LE=counts_LE) for tokens in inputs]
 
 
-def forward(state: State, batch: Batch, tokens: Tokens, **loss: Any) -> Output:
-    """The model's output for a micro-batch, with recorded routing forced if the run replays one; `loss`: targets."""
+def forward(state: State, batch: Batch, tokens: Tokens, **asked: Any) -> Output:
+    """The model's output for a micro-batch, with recorded routing forced if the run replays one; `asked`: targets, or no head."""
     replay: tuple[Selection, ...] | None = None
     if state.replayer is not None:
         every = state.replayer.selections(int(tokens.step), batch.row_B, batch.ids_BS.shape[1], state.ranks.device)
         here = {layer for layer, _ in state.model.moe_layers()}
         replay = tuple(one for layer, one in zip(moe_layers(state.run.model), every, strict=True) if layer in here)
     ids_BS = batch.ids_BS.to(state.ranks.device)
-    if state.teacher is not None and "targets_BS" in loss:
-        loss["soft"] = state.teacher(ids_BS, tokens)
-    return state.forward(ids_BS, tokens=tokens, replay=replay, **loss)
+    if state.teacher is not None and "targets_BS" in asked:
+        asked["soft"] = state.teacher(ids_BS, tokens)
+    return state.forward(ids_BS, tokens=tokens, replay=replay, **asked)
 
 
 def _outputs(state: State, batches: list[Batch], inputs: list[Tokens], targets: Tensor, step: int) -> list[Output]:
