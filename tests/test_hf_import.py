@@ -133,14 +133,16 @@ def test_a_recipe_gives_data_and_training(theirs, tmp_path):
 
 
 _MEASURED = """
-import resource, sys
+import sys
+import torch
 from moe.cli import main
+from moe.train.memory import peak_memory_bytes
 
 def peak(small, large):
     assert main(small) == 0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_bytes(torch.device("cpu"))
     assert main(large) == 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return (peak_memory_bytes(torch.device("cpu")) - before) // 1024
 
 folder, *settings = sys.argv[1:]
 small, large = (["import", f"{folder}/{name}", "--out", f"{folder}/run-{name}", *settings] for name in ("small", "large"))

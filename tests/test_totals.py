@@ -70,6 +70,16 @@ def test_compiled_kernels_need_no_masks_and_no_kernels_for_row_counts(tmp_path):
         assert less > 0 and (not without or less == memory_bytes(run)[without])
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a program apart")
+def test_a_process_does_not_count_the_memory_of_the_one_that_started_it():
+    child = "import torch; from moe.train.memory import peak_memory_bytes as peak; print(peak(torch.device('cpu')))"
+    parent = (
+        f"import subprocess, sys; held = b'x' * 2**31; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    found = subprocess.run([sys.executable, "-c", parent], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert 2**26 < int(found.stdout) < 2**30
+
+
 def native(run):
     """Whether this machine computes the run with moe_cpu's kernels."""
     return compiled(run.model.backend) and computes(getattr(torch, run.train.precision))
