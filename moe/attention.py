@@ -265,9 +265,8 @@ class GroupedQuery(nn.Module):
         query, key, value = (t.unflatten(-1, (-1, H)).transpose(1, 2) for t in (query, key, value))
         if self.query_norm is not None and self.key_norm is not None and self.config.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
-        late = (
-            past is None and self.context is None
-        )  # rotation may be left to the kernel: nothing asks for rotated keys
+        # where nothing asks for rotated keys, rotation is left to the kernel
+        late = past is None and self.context is None
         if not late:
             query, key = rotate(query, cos_sin), rotate(key, cos_sin)
         if past is not None:

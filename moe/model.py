@@ -172,14 +172,9 @@ class Transformer(nn.Module):
         tokens = tokens if tokens is not None else Tokens.of(ids_BS, first_position=first)
         tokens = replace(tokens, unfinished=True) if cache is not None else tokens
         cos_sin = self.rotary(position_S)
-        document_BS = tokens.document_T.view_as(ids_BS) if self.config.document_mask and cache is None else None
-        if self.context is not None:
-            position_S = torch.arange(ids_BS.shape[1] * self.context.ranks, device=ids_BS.device)
-            document_BS = self.context.whole(document_BS) if document_BS is not None else None
         x_BSD = self.embedding(ids_BS).to(self.dtype) if self.embedding is not None else hidden_BSD
         assert x_BSD is not None, "a stage that is not the first goes on from hidden states"
-        bools = past > 0 or not (self.compiled and fits(x_BSD))
-        masks = {w: attention_mask(position_S, document_BS, w, past, bools=bools) for w in set(self.windows)}
+        masks = self._masks(x_BSD, position_S, tokens, past if cache is not None else None)
         routings: list[tuple[int, Routing]] = []
         for layer, block in zip(self.blocks, self.layers, strict=True):
             forced = replay[len(routings)] if replay is not None and block.moe is not None else None
@@ -203,14 +198,32 @@ class Transformer(nn.Module):
             losses_BS = self._target_losses(x_BSD.flatten(0, 1), targets_BS.flatten()).view_as(targets_BS)
             return Output(None, None, losses, None, reports, losses_BS=losses_BS)
         count = step_targets if step_targets is not None else (targets_BS != IGNORE).sum()
-        if soft is not None:
-            logits_BSV = self._logits(x_BSD)
-            loss = cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum")
-            loss, far = loss / count.clamp(min=1), soft.divergence(logits_BSV, targets_BS) / count.clamp(min=1)
-            objective = (1 - soft.share) * loss + soft.share * far + weighted
-            return Output(None, loss, {**losses, "distil": far.detach()}, objective, reports)
-        loss = self._sum_of_losses(x_BSD.flatten(0, 1), targets_BS.flatten()) / count.clamp(min=1)
-        return Output(None, loss, losses, loss + weighted, reports)
+        loss, more = self._step_loss(x_BSD, targets_BS, count.clamp(min=1), soft)
+        objective = loss if soft is None else (1 - soft.share) * loss + soft.share * more["distil"]
+        more = {name: value.detach() for name, value in more.items()}
+        return Output(None, loss, losses | more, objective + weighted, reports)
+
+    def _masks(self, x_BSD: Tensor, position_S: Tensor, tokens: Tokens, past: int | None) -> dict[int, Mask | None]:
+        """The mask of each window, over whole rows. `past`: tokens in a cache, whose rows are one document; None without one."""
+        document_BS = None
+        if self.config.document_mask and past is None:
+            document_BS = tokens.document_T.view(x_BSD.shape[:2])
+        if self.context is not None:
+            position_S = torch.arange(len(position_S) * self.context.ranks, device=position_S.device)
+            document_BS = self.context.whole(document_BS) if document_BS is not None else None
+        past = past or 0
+        bools = past > 0 or not (self.compiled and fits(x_BSD))
+        return {w: attention_mask(position_S, document_BS, w, past, bools=bools) for w in set(self.windows)}
+
+    def _step_loss(
+        self, x_BSD: Tensor, targets_BS: Tensor, count: Tensor, soft: Soft | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy over `count` targets and, with a teacher, its divergence, which needs all logits at once."""
+        if soft is None:
+            return self._sum_of_losses(x_BSD.flatten(0, 1), targets_BS.flatten()) / count, {}
+        logits_BSV = self._logits(x_BSD)
+        loss = cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum")
+        return loss / count, {"distil": soft.divergence(logits_BSV, targets_BS) / count}
 
     def _mean_losses(self, routings: list[Routing]) -> tuple[dict[str, Tensor], Tensor | float]:
         """Each auxiliary loss's mean over the model's expert layers, and their weighted sum; a stage's part of both."""

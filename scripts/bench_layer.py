@@ -17,6 +17,7 @@ two, new tokens at one. `--peers` adds other projects' layers, those that are in
 bench_layer_peers.py says how each differs.
 """
 
+import argparse
 import copy
 import multiprocessing
 import statistics
@@ -235,8 +236,8 @@ def rows_of(case: Case, passes: Sequence[Found]) -> list[Row]:
     ]
 
 
-def main() -> None:
-    """Time all shapes, print a table and write what is asked for."""
+def _parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = options(__doc__, rounds=15, cpu_time="of this process, on one thread")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"], help="(default: %(default)s)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N", help="(default: %(default)s)")
@@ -263,6 +264,12 @@ def main() -> None:
         metavar="NAME",
         help=f"other projects' layers ({', '.join(PEERS)}); without a name those that are installed",
     )
+    return parser
+
+
+def main() -> None:
+    """Time all shapes, print a table and write what is asked for."""
+    parser = _parser()
     arguments = parse(parser, NAME)
     if arguments.peers and missing(arguments.peers):
         parser.error(missing(arguments.peers))

@@ -237,6 +237,19 @@ def test_nan_reaches_every_later_row_and_its_gradients():
         assert (dk if which else dv)[0, 0, :51].isnan().any()
 
 
+@pytest.mark.parametrize("sink", [False, True])
+def test_a_row_whose_scores_are_all_minus_infinity(sink):
+    """0 / 0 without a sink, as in torch's softmax; a sink has all of the weight, on a value of zero."""
+    q, k, v = (x.detach() for x in inputs(1, 1, 1, 40, 8, 8))
+    q[0, 0, 7] = torch.full((8,), -3e38)
+    k[0, 0] = k[0, 0].abs() + 10
+    first = torch.arange(40, dtype=torch.int32).view(1, 40)
+    out = causal_attention(q, k, v, 1.0, first_BS=first, sink_N=torch.zeros(1) if sink else None)
+    assert (out[0, 0, 7] == 0).all() if sink else out[0, 0, 7].isnan().all()
+    others = torch.arange(40) != 7
+    assert out[0, 0, others].isfinite().all()
+
+
 def test_opcheck_and_compile():
     q, k, v = inputs(2, 4, 2, 20, 8, 8)
     angle = torch.randn(20, 4)
