@@ -6,14 +6,15 @@
 Every round runs each contender once, in rotating order, so that a machine that slows down slows all of them down. The rounds
 are done in `--passes` fresh processes, one after another, each over all shapes: where a process's memory lies, and which minute
 it is, move a figure by up to a tenth, and belong to its spread. What is reported is each contender's speed as a share of the
-dense layer's: the median over rounds of dense time / its time, with quartiles. The contenders that compute the same function
-are compared first; if they disagree nothing is timed.
+dense layer's: the median over rounds of dense time / its time, with quartiles, or with the lowest and the highest median of a
+process where they are further out. The contenders that compute the same function are compared first; if they disagree nothing
+is timed.
 
 `--tokens same` gives every round the same tokens, `new` others: then experts have other numbers of rows each time, as they
 have in training. `dense` is computed by torch; beside it the dense layer by our compiled kernels, and our layer without
 them (`moe.backend=torch`). `products` is the floor of torch's own: nothing but the matrix products of each expert's size,
-forward and backward, one after another into memory that is there. `--issue` is all of it: both types at one thread and at
-two, new tokens at one. `--peers` adds other projects' layers, those that are installed or those named;
+forward and backward, one after another into memory that is there. `--issue` is both types at one thread and at
+two, the same tokens. `--peers` adds other projects' layers, those that are installed or those named;
 bench_layer_peers.py says how each differs.
 """
 
@@ -30,7 +31,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import transformers
-from bench_common import keep, machine, options, parse, peak_gigaflops, ratios, roof
+from bench_common import keep, machine, options, parse, peak_gigaflops, ratios_of_processes, roof
 from bench_layer_page import COMPILED, NAME, PLAIN, Row, figures, print_row, tables
 from bench_layer_peers import PEERS, build_peers, installed, missing
 from torch import Tensor, nn
@@ -179,28 +180,29 @@ class Found(NamedTuple):
     """Share of the routed rows that a contender left out, by contender."""
 
 
-def time_shape(
-    shape: tuple[int, ...], dtype: str, tokens: str, rounds: int, clock: Callable[[], float], peers: list[str]
-) -> Found:
-    """Interleaved rounds at one shape, after one that warms up."""
-    functions, layers, tokens_of = contenders(shape, DTYPES[dtype], peers)
+def time_shape(case: Case, rounds: range, clock: Callable[[], float], peers: list[str]) -> Found:
+    """Interleaved rounds of one case, after one that warms up; before the first of all, whether contenders agree."""
+    functions, layers, tokens_of = contenders(case.shape, DTYPES[case.dtype], peers)
     x = tokens_of(0)
-    check_agreement(functions, x, *AGREEMENT[dtype])
+    if rounds.start == 0:
+        check_agreement(functions, x, *AGREEMENT[case.dtype])
     names = list(functions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_index in range(rounds + 1):
-        if tokens == "new":
-            x = tokens_of(round_index)
+    for index in (-1, *rounds):
+        if case.tokens == "new":
+            x = tokens_of(index + 1)
         for offset in range(len(names)):
-            name = names[(round_index + offset) % len(names)]
+            name = names[(index + offset) % len(names)]
             start = clock()
             functions[name](x)
-            if round_index:
+            if index >= 0:
                 seconds[name].append(clock() - start)
     return Found(seconds, {name: getattr(layers.get(name), "dropped", 0.0) for name in names})
 
 
-def one_pass(cases: list[Case], rounds: int, cpu_time: bool, peers: list[str]) -> tuple[dict[str, float], list[Found]]:
+def one_pass(
+    cases: list[Case], rounds: range, cpu_time: bool, peers: list[str]
+) -> tuple[dict[str, float], list[Found]]:
     """Speeds of this process, GFLOP/s by name, and what each case took: what a fresh process is started for."""
     speeds: dict[str, float] = {}
     found = []
@@ -212,14 +214,13 @@ def one_pass(cases: list[Case], rounds: int, cpu_time: bool, peers: list[str]) -
             for case in several:
                 print(f"  {dtype}, {threads} threads, {tokens} tokens, {case.shape}", file=sys.stderr, flush=True)
                 clock = time.process_time if cpu_time else time.perf_counter
-                found.append(time_shape(case.shape, dtype, tokens, rounds, clock, peers))
+                found.append(time_shape(case, rounds, clock, peers))
     return speeds, found
 
 
 def rows_of(case: Case, passes: Sequence[Found]) -> list[Row]:
     """A case's row for each contender, of the rounds of all passes."""
-    names = list(passes[0].seconds)
-    seconds = {name: [value for found in passes for value in found.seconds[name]] for name in names}
+    seconds = {name: [found.seconds[name] for found in passes] for name in passes[0].seconds}
     return [
         Row(
             shape=case.shape,
@@ -227,12 +228,12 @@ def rows_of(case: Case, passes: Sequence[Found]) -> list[Row]:
             threads=case.threads,
             tokens=case.tokens,
             contender=name,
-            share=ratios(seconds["dense"], seconds[name]),
-            ours=ratios(seconds[name], seconds["ours"]),
-            milliseconds=1000 * statistics.median(seconds[name]),
+            share=ratios_of_processes(seconds["dense"], taken),
+            ours=ratios_of_processes(taken, seconds["ours"]),
+            milliseconds=1000 * statistics.median(value for process in taken for value in process),
             dropped=statistics.fmean(found.dropped[name] for found in passes),
         )
-        for name in names
+        for name, taken in seconds.items()
     ]
 
 
@@ -254,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"T, D, F, E, K by number ({shapes}; default: all)",
     )
     parser.add_argument(
-        "--passes", type=int, default=3, metavar="N", help="processes that share the rounds (default: %(default)s)"
+        "--passes", type=int, default=6, metavar="N", help="processes that share the rounds (default: %(default)s)"
     )
     parser.add_argument("--issue", action="store_true", help="everything that docs/benchmarks.md has of this script")
     parser.add_argument(
@@ -283,7 +284,7 @@ def main() -> None:
     tables_of = [(threads, tokens) for tokens in arguments.tokens for threads in arguments.threads]
     dtypes = arguments.dtype
     if arguments.issue:
-        tables_of, dtypes = [(1, "same"), (2, "same"), (1, "new")], list(DTYPES)
+        tables_of, dtypes = [(1, "same"), (2, "same")], list(DTYPES)
     cases = [
         Case(threads, tokens, dtype, SHAPES[index])
         for threads, tokens in tables_of
@@ -294,7 +295,7 @@ def main() -> None:
     passes = []
     for number in range(arguments.passes):
         print(f"pass {number + 1} of {arguments.passes}", file=sys.stderr, flush=True)
-        rounds = (arguments.rounds + number) // arguments.passes
+        rounds = range(*(arguments.rounds * part // arguments.passes for part in (number, number + 1)))
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
             here, found = fresh.apply(one_pass, (cases, rounds, arguments.cpu_time, peers))
         speeds = {name: max(value, speeds.get(name, 0.0)) for name, value in here.items()}

@@ -47,11 +47,15 @@ def print_row(row: Row) -> None:
 
 
 def figures(rows: list[Row]) -> dict[str, Ratio]:
-    """Each contender's share of the dense layer's speed, by name: what a second run is held against."""
-    return {
-        f"{row.contender}, {row.dtype}, {row.threads} threads, {row.tokens} tokens, {row.shape}": row.share
-        for row in rows
-    }
+    """By name, what a second run is held against: each contender's share of the dense layer's speed, and ours over their best."""
+    found = {}
+    for (dtype, threads, tokens, shape), group in _groups(
+        rows, lambda row: (row.dtype, row.threads, row.tokens, row.shape)
+    ):
+        case = f"{dtype}, {threads} threads, {tokens} tokens, {shape}"
+        found |= {f"{row.contender}, {case}": row.share for row in group}
+        found[f"ours / their best, {case}"] = best_peer(group).ours
+    return found
 
 
 def best_peer(rows: list[Row]) -> Row:
