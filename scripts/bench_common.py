@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,19 +40,37 @@ def ratios(numerator: list[float], denominator: list[float]) -> Ratio:
     return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
-def ratios_of_processes(numerator: list[list[float]], denominator: list[list[float]]) -> Ratio:
-    """Quotients of what was measured in the same round, by process: their median, and how far they lie apart.
+def spread_of_passes(passes: Sequence[Sequence[float]]) -> Ratio:
+    """Median of what was measured in the rounds of several processes, and how far it lies apart.
 
     That is the quartiles over all rounds or, where it is further out, the lowest and the highest median of a process. Of two
     runs of N processes each that differ by nothing but chance, the medians of one are all below or all above the other's in
     one of (2N)! / (2 N!^2), whatever their distribution: 1 of 462 for N = 6.
     """
-    quotients = [
-        [a / b for a, b in zip(above, below, strict=True)] for above, below in zip(numerator, denominator, strict=True)
-    ]
-    low, middle, high = spread([value for process in quotients for value in process])
-    medians = [statistics.median(process) for process in quotients]
+    low, middle, high = spread([value for one in passes for value in one])
+    medians = [statistics.median(one) for one in passes]
     return Ratio(min(low, *medians), middle, max(high, *medians))
+
+
+def ratios_of_passes(numerator: Sequence[Sequence[float]], denominator: Sequence[Sequence[float]]) -> Ratio:
+    """The same of quotients of what was measured in one round."""
+    return spread_of_passes(
+        [[a / b for a, b in zip(*one, strict=True)] for one in zip(numerator, denominator, strict=True)]
+    )
+
+
+def in_passes(rounds: int, passes: int, measure: Callable[..., Any], *given: Any) -> list[Any]:
+    """What a function of a module returns in each of some fresh processes, one after another.
+
+    It is called with the rounds that are its own (a range; together they are all), and then with what is given.
+    """
+    found = []
+    for number in range(passes):
+        print(f"pass {number + 1} of {passes}", file=sys.stderr, flush=True)
+        own = range(*(rounds * part // passes for part in (number, number + 1)))
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:
+            found.append(fresh.apply(measure, (own, *given)))
+    return found
 
 
 def peak_gigaflops(dtype: torch.dtype) -> float:
@@ -104,11 +124,11 @@ def write_between(page: Path, name: str, text: str) -> None:
     page.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
-def options(doc: str | None, *, rounds: int = 0, cpu_time: str = "") -> argparse.ArgumentParser:
+def options(doc: str | None, *, rounds: int = 0, passes: int = 0, cpu_time: str = "") -> argparse.ArgumentParser:
     """A parser with the options of every benchmark, for each to add its own.
 
-    `doc` is the script's docstring, shown by --help. `rounds`: default of --rounds, and whether there is such an option;
-    `cpu_time`: whose time --cpu-time counts, and whether there is one.
+    `doc` is the script's docstring, shown by --help. `rounds`, `passes`: defaults of --rounds and --passes, and whether there
+    are such options; `cpu_time`: whose time --cpu-time counts, and whether there is one.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds:
@@ -118,6 +138,14 @@ def options(doc: str | None, *, rounds: int = 0, cpu_time: str = "") -> argparse
             default=rounds,
             metavar="N",
             help="that are counted, at least 2 (default: %(default)s)",
+        )
+    if passes:
+        parser.add_argument(
+            "--passes",
+            type=int,
+            default=passes,
+            metavar="N",
+            help="processes that share the rounds (default: %(default)s)",
         )
     if cpu_time:
         parser.add_argument(
@@ -133,6 +161,8 @@ def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
     arguments = parser.parse_args()
     if getattr(arguments, "rounds", 2) < 2:
         parser.error("--rounds must be at least 2: quartiles need two values")
+    if not 1 <= getattr(arguments, "passes", 1) <= getattr(arguments, "rounds", 1):
+        parser.error(f"--passes {arguments.passes}: at least 1, and a round for each (--rounds {arguments.rounds})")
     if arguments.write and not has_markers(arguments.write, name):
         parser.error(f"--write {arguments.write} must be a page with the lines {' and '.join(markers(name))}")
     if arguments.json and not arguments.json.parent.is_dir():

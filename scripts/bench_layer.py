@@ -20,10 +20,8 @@ bench_layer_peers.py says how each differs.
 
 import argparse
 import copy
-import multiprocessing
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -31,7 +29,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import transformers
-from bench_common import keep, machine, options, parse, peak_gigaflops, ratios_of_processes, roof
+from bench_common import clock_of, in_passes, keep, machine, options, parse, peak_gigaflops, ratios_of_passes, roof
 from bench_layer_page import COMPILED, NAME, PLAIN, Row, figures, print_row, tables
 from bench_layer_peers import PEERS, build_peers, installed, missing
 from torch import Tensor, nn
@@ -201,7 +199,7 @@ def time_shape(case: Case, rounds: range, clock: Callable[[], float], peers: lis
 
 
 def one_pass(
-    cases: list[Case], rounds: range, cpu_time: bool, peers: list[str]
+    rounds: range, cases: list[Case], clock: Callable[[], float], peers: list[str]
 ) -> tuple[dict[str, float], list[Found]]:
     """Speeds of this process, GFLOP/s by name, and what each case took: what a fresh process is started for."""
     speeds: dict[str, float] = {}
@@ -213,7 +211,6 @@ def one_pass(
             speeds[f"GFLOP/s {dtype} {threads} threads"] = peak_gigaflops(DTYPES[dtype])
             for case in several:
                 print(f"  {dtype}, {threads} threads, {tokens} tokens, {case.shape}", file=sys.stderr, flush=True)
-                clock = time.process_time if cpu_time else time.perf_counter
                 found.append(time_shape(case, rounds, clock, peers))
     return speeds, found
 
@@ -228,8 +225,8 @@ def rows_of(case: Case, passes: Sequence[Found]) -> list[Row]:
             threads=case.threads,
             tokens=case.tokens,
             contender=name,
-            share=ratios_of_processes(seconds["dense"], taken),
-            ours=ratios_of_processes(taken, seconds["ours"]),
+            share=ratios_of_passes(seconds["dense"], taken),
+            ours=ratios_of_passes(taken, seconds["ours"]),
             milliseconds=1000 * statistics.median(value for process in taken for value in process),
             dropped=statistics.fmean(found.dropped[name] for found in passes),
         )
@@ -239,7 +236,7 @@ def rows_of(case: Case, passes: Sequence[Found]) -> list[Row]:
 
 def _parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = options(__doc__, rounds=15, cpu_time="of this process, on one thread")
+    parser = options(__doc__, rounds=15, passes=6, cpu_time="of this process, on one thread")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"], help="(default: %(default)s)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N", help="(default: %(default)s)")
     parser.add_argument(
@@ -253,9 +250,6 @@ def _parser() -> argparse.ArgumentParser:
         choices=range(len(SHAPES)),
         default=list(range(len(SHAPES))),
         help=f"T, D, F, E, K by number ({shapes}; default: all)",
-    )
-    parser.add_argument(
-        "--passes", type=int, default=6, metavar="N", help="processes that share the rounds (default: %(default)s)"
     )
     parser.add_argument("--issue", action="store_true", help="everything that docs/benchmarks.md has of this script")
     parser.add_argument(
@@ -277,10 +271,6 @@ def main() -> None:
     peers = arguments.peers or ([] if arguments.peers is None else installed())
     if arguments.cpu_time and (arguments.issue or arguments.threads != [1]):
         parser.error("--cpu-time adds up the threads' times: it goes with --threads 1, and not with --issue")
-    if not 1 <= arguments.passes <= arguments.rounds:
-        parser.error(
-            f"--passes {arguments.passes}: at least 1, and at most a pass for each of {arguments.rounds} rounds"
-        )
     tables_of = [(threads, tokens) for tokens in arguments.tokens for threads in arguments.threads]
     dtypes = arguments.dtype
     if arguments.issue:
@@ -291,16 +281,10 @@ def main() -> None:
         for dtype in dtypes
         for index in arguments.shapes
     ]
-    speeds: dict[str, float] = {}
-    passes = []
-    for number in range(arguments.passes):
-        print(f"pass {number + 1} of {arguments.passes}", file=sys.stderr, flush=True)
-        rounds = range(*(arguments.rounds * part // arguments.passes for part in (number, number + 1)))
-        with multiprocessing.get_context("spawn").Pool(1) as fresh:
-            here, found = fresh.apply(one_pass, (cases, rounds, arguments.cpu_time, peers))
-        speeds = {name: max(value, speeds.get(name, 0.0)) for name, value in here.items()}
-        passes.append(found)
-    rows = [row for case, found in zip(cases, zip(*passes, strict=True), strict=True) for row in rows_of(case, found)]
+    passes = in_passes(arguments.rounds, arguments.passes, one_pass, cases, clock_of(arguments), peers)
+    speeds = {name: max(speeds[name] for speeds, _ in passes) for name in passes[0][0]}
+    of_cases = zip(*(found for _, found in passes), strict=True)
+    rows = [row for case, found in zip(cases, of_cases, strict=True) for row in rows_of(case, found)]
     for row in rows:
         print_row(row)
     facts = {

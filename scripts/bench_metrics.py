@@ -1,12 +1,13 @@
 """What share of a training step goes to metrics and logs, and to waiting for batches: the whole trainer, its functions timed.
 
-    python scripts/bench_metrics.py [--rounds 5] [--cpu-time] [--json FILE] [--write docs/benchmarks.md]
+    python scripts/bench_metrics.py [--rounds 12] [--passes 6] [--cpu-time] [--json FILE] [--write docs/benchmarks.md]
 
 Two runs through `moe.train.train`, one after the other, with routing logged every 10 steps as it comes: the step of bench_step.py
 (T 4,096, D 256, 8 layers), and recipes/smoke.py (T 2,048, D 64, 2 layers), whose steps are some fifty times shorter. A round
-is ten steps, so each has one step that logs routing; the first round, in which the ledger counts FLOPs, is left out. Timers
-are around the functions below, none of which calls another; a step is what passes between two lines of metrics.jsonl.
-Evaluations and checkpoints have their own intervals and are not part of a step.
+is ten steps, so each has one step that logs routing; the rounds are shared out among `--passes` fresh processes, and the first
+of each, in which the ledger counts FLOPs, is left out. Timers are around the functions below, none of which calls another; a
+step is what passes between two lines of metrics.jsonl. Evaluations and checkpoints have their own intervals and are not part of
+a step.
 """
 
 import sys
@@ -16,7 +17,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from bench_common import Ratio, clock_of, keep, machine, options, parse, spread
+from bench_common import clock_of, in_passes, keep, machine, options, parse, spread_of_passes
 from bench_step import step_run
 
 from moe.balance import score_statistics
@@ -111,27 +112,31 @@ def measure(run: Run, clock: Callable[[], float]) -> dict[str, list[tuple[float,
     return {"metrics and logs together": together} | found
 
 
-def runs(rounds: int, threads: int) -> dict[str, Run]:
-    """The two runs, by name."""
+def one_pass(
+    rounds: range, threads: int, clock: Callable[[], float]
+) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """What `measure` finds of both runs, by name, over so many rounds."""
     settings = ["evaluation.every_steps=0", "evaluation.final_rows=8", "evaluation.rows=8", "evaluation.probe_rows=0"]
     settings += [f"logging.routing_every={EVERY}", "logging.console=off", f"train.threads={threads}"]
-    settings += ["checkpoint.every_steps=0"]
-    steps = EVERY * (rounds + 1)
+    settings += ["checkpoint.every_steps=0", f"train.steps={EVERY * (len(rounds) + 1)}"]
     return {
-        "step of bench_step.py": step_run([*settings, f"train.steps={steps}"]),
-        "recipes/smoke.py": load(ROOT / "recipes/smoke.py", [*settings, f"train.steps={steps}"]),
+        "step of bench_step.py": measure(step_run(settings), clock),
+        "recipes/smoke.py": measure(load(ROOT / "recipes/smoke.py", settings), clock),
     }
 
 
-def page(found: dict[str, dict[str, list[tuple[float, float]]]], facts: dict[str, str]) -> str:
+def page(passes: list[dict[str, dict[str, list[tuple[float, float]]]]], facts: dict[str, str]) -> str:
     """The table of docs/benchmarks.md."""
+    names = list(passes[0])
     lines = [" · ".join(f"{key} {value}" for key, value in facts.items()), ""]
-    lines += [f"| a step of | {' | '.join(f'{name}, ms | % of the step' for name in found)} |"]
-    lines += ["| --- |" + " --- | --- |" * len(found)]
-    for kind in next(iter(found.values())):
+    lines += [f"| a step of | {' | '.join(f'{name}, ms | % of the step' for name in names)} |"]
+    lines += ["| --- |" + " --- | --- |" * len(names)]
+    for kind in passes[0][names[0]]:
         cells = []
-        for one in found.values():
-            milliseconds, share = (spread([pair[index] for pair in one[kind]]) for index in (0, 1))
+        for name in names:
+            milliseconds, share = (
+                spread_of_passes([[pair[index] for pair in one[name][kind]] for one in passes]) for index in (0, 1)
+            )
             low, middle, high = (100 * value for value in share)
             cells += [f"{milliseconds.middle:.2f}", f"{middle:.2f} [{low:.2f}, {high:.2f}]"]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
@@ -140,20 +145,19 @@ def page(found: dict[str, dict[str, list[tuple[float, float]]]], facts: dict[str
 
 def main() -> None:
     """Measure both runs, print, and write what is asked for."""
-    parser = options(__doc__, rounds=5, cpu_time="of this process, on one thread")
+    parser = options(__doc__, rounds=12, passes=6, cpu_time="of this process, on one thread")
     arguments = parse(parser, NAME)
     threads = 1 if arguments.cpu_time else 2
-    clock = clock_of(arguments)
-    found = {name: measure(run, clock) for name, run in runs(arguments.rounds, threads).items()}
-    kind = "processor time" if arguments.cpu_time else "wall clock"
-    rounds = f"{arguments.rounds} of {EVERY} steps"
-    facts = {**machine(), "clock": kind, "threads": str(threads), "rounds": rounds}
-    text = page(found, facts)
+    passes = in_passes(arguments.rounds, arguments.passes, one_pass, threads, clock_of(arguments))
+    clock = "processor time" if arguments.cpu_time else "wall clock"
+    rounds = f"{arguments.rounds} of {EVERY} steps in {arguments.passes} processes"
+    facts = {**machine(), "clock": clock, "threads": str(threads), "rounds": rounds}
+    text = page(passes, facts)
     print(text)
     figures = {
-        f"{name}: {kind}, share": Ratio(*spread([s for _, s in one[kind]]))
-        for name, one in found.items()
-        for kind in one
+        f"{name}: {kind}, share": spread_of_passes([[share for _, share in one[name][kind]] for one in passes])
+        for name, kinds in passes[0].items()
+        for kind in kinds
     }
     keep(arguments, NAME, text, {"facts": facts, "figures": figures})
 

@@ -1,11 +1,12 @@
 """What the time of one expert layer grows with: forward and backward while one size changes, and a step on one and two ranks.
 
-    python scripts/bench_scaling.py [--rounds 9] [--cpu-time] [--json FILE] [--write docs/benchmarks.md]
+    python scripts/bench_scaling.py [--rounds 12] [--passes 6] [--cpu-time] [--json FILE] [--write docs/benchmarks.md]
 
 One thread, float32. Around T 2048, D 256, F 512, E 8, K 2: T; K (of 16 experts); E at the same active FLOPs; D; F; and S, a whole
-block with attention over 4,096 tokens in rows of S. Rounds go through all sizes of all lines, so that a machine that slows
-down slows all of them down. Ranks: recipes/smoke.py with 64 rows a step, in all, on one process and on two (gloo), a thread
-each, in turns. With --write the plot is bench_scaling.png in the folder of the page's name beside it.
+block with attention over 4,096 tokens in rows of S. A time is given as a multiple of that of one point of its line in the same
+round; rounds go through all points of all lines, in `--passes` fresh processes. Ranks: recipes/smoke.py with 64 rows a step,
+in all, on one process and on two (gloo), a thread each, in turns. With --write the plot is bench_scaling.png in the folder of
+the page's name beside it.
 """
 
 import json
@@ -15,9 +16,20 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from bench_common import Ratio, clock_of, keep, machine, options, parse, spread
+from bench_common import (
+    Ratio,
+    clock_of,
+    in_passes,
+    keep,
+    machine,
+    options,
+    parse,
+    ratios_of_passes,
+    spread_of_passes,
+)
 
 from moe.config.schema import GroupedQueryAttention, Model, MoE
 from moe.model import Transformer
@@ -36,9 +48,17 @@ LINES: dict[str, list[int]] = {
     "F": [128, 256, 512, 1024, 2048],
     "S": [256, 512, 1024, 2048, 4096],
 }
+REFERENCE = {**BASE, "S": 256}
+"""The point of each line that its times are multiples of."""
 BLOCK_TOKENS = 4096
-_STEPS = [digit * 10**power for power in range(5) for digit in (1, 1.5, 2, 3, 4, 5, 7)]
-"""Where the plots' axes of milliseconds have numbers."""
+
+
+class Point(NamedTuple):
+    """One size of one line."""
+
+    milliseconds: float
+    relative: Ratio
+    """Time, as a multiple of the reference's in the same round."""
 
 
 def layer_of(sizes: dict[str, int]) -> Callable[[], None]:
@@ -86,17 +106,29 @@ def cases() -> dict[tuple[str, int], Callable[[], None]]:
     return made
 
 
-def time_lines(rounds: int, clock: Callable[[], float]) -> dict[tuple[str, int], Ratio]:
-    """Milliseconds of each point."""
+def one_pass(rounds: range, clock: Callable[[], float]) -> dict[tuple[str, int], list[float]]:
+    """Milliseconds of each point in each round, after one that warms up."""
+    torch.set_num_threads(1)
     functions = cases()
     milliseconds: dict[tuple[str, int], list[float]] = {point: [] for point in functions}
-    for index in range(rounds + 1):
+    for index in (-1, *rounds):
         for point, function in functions.items():
             start = clock()
             function()
-            if index:
+            if index >= 0:
                 milliseconds[point].append(1e3 * (clock() - start))
-    return {point: spread(values) for point, values in milliseconds.items()}
+    return milliseconds
+
+
+def points_of(passes: list[dict[tuple[str, int], list[float]]]) -> dict[tuple[str, int], Point]:
+    """Each size of each line, of the rounds of all passes."""
+    found = {}
+    for name, size in passes[0]:
+        taken = [one[name, size] for one in passes]
+        reference = [one[name, REFERENCE[name]] for one in passes]
+        median = statistics.median(value for one in taken for value in one)
+        found[name, size] = Point(median, ratios_of_passes(taken, reference))
+    return found
 
 
 def tokens_per_second(ranks: int) -> float:
@@ -111,19 +143,15 @@ def tokens_per_second(ranks: int) -> float:
     return statistics.median(json.loads(row)["tokens_per_second"] for row in rows[5:])
 
 
-def time_ranks(rounds: int) -> dict[str, Ratio]:
-    """Tokens per second on one rank and on two, and their quotient."""
+def time_ranks(rounds: int) -> tuple[float, float, Ratio]:
+    """Tokens per second on one rank and on two, and their quotient; each is new processes."""
     one, two = zip(*((tokens_per_second(1), tokens_per_second(2)) for _ in range(rounds)), strict=True)
-    quotients = [b / a for a, b in zip(one, two, strict=True)]
-    return {
-        "1 rank, tokens/s": spread(list(one)),
-        "2 ranks, tokens/s": spread(list(two)),
-        "2 ranks over 1": spread(quotients),
-    }
+    quotient = spread_of_passes([[b / a] for a, b in zip(one, two, strict=True)])
+    return statistics.median(one), statistics.median(two), quotient
 
 
-def plot(points: dict[tuple[str, int], Ratio], path: Path) -> None:
-    """A panel per line: milliseconds over size, with quartiles."""
+def plot(points: dict[tuple[str, int], Point], path: Path) -> None:
+    """A panel per line: time over size, relative to the reference, with its spread."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -131,23 +159,23 @@ def plot(points: dict[tuple[str, int], Ratio], path: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 3, figsize=(10, 6), constrained_layout=True)
     for axis, (name, sizes) in zip(axes.flat, LINES.items(), strict=True):
-        values = [points[name, size] for size in sizes]
+        values = [points[name, size].relative for size in sizes]
         middle = [value.middle for value in values]
         reach = [[v.middle - v.low for v in values], [v.high - v.middle for v in values]]
         axis.errorbar(sizes, middle, yerr=reach, marker="o", markersize=4, capsize=3)
-        linear = [middle[0] * size / sizes[0] for size in sizes]
         if name not in ("E", "S"):
-            axis.plot(sizes, linear, linestyle=":", color="gray", label="proportional to the first")
+            linear = [size / REFERENCE[name] for size in sizes]
+            axis.plot(sizes, linear, linestyle=":", color="gray", label="proportional")
             axis.legend(frameon=False)
         axis.set(
             xscale="log",
             yscale="log",
             xlabel=name,
-            ylabel="ms",
+            ylabel=f"time, of that at {name} {REFERENCE[name]}",
             title=f"{'block' if name == 'S' else 'layer'} over {name}",
         )
         axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
-        axis.set_yticks([step for step in _STEPS if 0.7 * middle[0] < step < 1.4 * max(middle)])
+        axis.set_yticks([step for step in (0.25, 0.5, 1, 1.5, 2, 3, 4) if 0.7 * middle[0] < step < 1.4 * max(middle)])
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.set_ylim(0.7 * min(v.low for v in values), 1.4 * max([v.high for v in values]))
@@ -156,38 +184,32 @@ def plot(points: dict[tuple[str, int], Ratio], path: Path) -> None:
     pyplot.close(figure)
 
 
-def page(points: dict[tuple[str, int], Ratio], ranks: dict[str, Ratio], facts: dict[str, str], picture: str) -> str:
+def page(points: dict[tuple[str, int], Point], ranks: tuple[float, float, Ratio], facts: dict[str, str]) -> str:
     """The tables of docs/benchmarks.md."""
     lines = [" · ".join(f"{key} {value}" for key, value in facts.items()), ""]
-    lines += [f"![milliseconds of forward and backward over each size]({picture})", ""]
-    lines += ["| line | milliseconds, quartiles in brackets |", "| --- | --- |"]
+    lines += [f"![forward and backward over each size](benchmarks/{NAME}.png)", ""]
+    lines += ["| line | time, as a multiple of the one that is 1 | that one, ms |", "| --- | --- | --- |"]
     for name, sizes in LINES.items():
-        cells = (
-            f"{size}: {value.middle:.1f} [{value.low:.1f}, {value.high:.1f}]"
-            for size, value in ((s, points[name, s]) for s in sizes)
-        )
-        lines.append(f"| {name} | {' · '.join(cells)} |")
-    lines += ["", "| ranks, gloo, a thread each | |", "| --- | --- |"]
-    lines += [
-        f"| {name} | {value.middle:,.2f} [{value.low:,.2f}, {value.high:,.2f}] |" for name, value in ranks.items()
-    ]
-    return "\n".join(lines)
+        multiples = (f"{size}: {'1' if size == REFERENCE[name] else points[name, size].relative}" for size in sizes)
+        lines.append(f"| {name} | {' · '.join(multiples)} | {points[name, REFERENCE[name]].milliseconds:.0f} |")
+    one, two, quotient = ranks
+    lines += ["", "| 1 rank, tokens/s | 2 ranks, gloo, a thread each | 2 over 1 |", "| --- | --- | --- |"]
+    return "\n".join([*lines, f"| {one:,.0f} | {two:,.0f} | {quotient} |"])
 
 
 def main() -> None:
     """Time everything, print, and write what is asked for."""
-    parser = options(__doc__, rounds=9, cpu_time="of the layers, not of ranks")
+    parser = options(__doc__, rounds=12, passes=6, cpu_time="of the layers, not of ranks")
     arguments = parse(parser, NAME)
-    torch.set_num_threads(1)
-    points = time_lines(arguments.rounds, clock_of(arguments))
-    ranks = time_ranks(max(2, arguments.rounds // 3))
-    facts = {**machine(), "rounds": str(arguments.rounds)}
-    text = page(points, ranks, facts, f"benchmarks/{NAME}.png")
+    points = points_of(in_passes(arguments.rounds, arguments.passes, one_pass, clock_of(arguments)))
+    ranks = time_ranks(max(2, arguments.passes))
+    facts = {**machine(), "rounds": f"{arguments.rounds} in {arguments.passes} processes"}
+    text = page(points, ranks, facts)
     print(text)
     if arguments.write:
         plot(points, arguments.write.with_suffix("") / f"{NAME}.png")
-    figures = {f"{name} {size}, ms": value for (name, size), value in points.items()} | ranks
-    keep(arguments, NAME, text, {"facts": facts, "figures": figures})
+    lines = {f"{name} {size} over {name} {REFERENCE[name]}": point.relative for (name, size), point in points.items()}
+    keep(arguments, NAME, text, {"facts": facts, "figures": {**lines, "2 ranks over 1": ranks[2]}})
 
 
 if __name__ == "__main__":

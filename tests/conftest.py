@@ -58,6 +58,8 @@ def pytest_collection_modifyitems(config, items):
     rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     if config.getoption("--full"):
+        if getattr(config, "workerinput", {}).get("workercount", 1) > 1:
+            items[:] = [item for item in items if not item.get_closest_marker("alone")]
         return
     left_out = [item for item in items if item.get_closest_marker("full")]
     if left_out:

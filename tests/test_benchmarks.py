@@ -23,7 +23,7 @@ import bench_layer_peers  # noqa: E402
 import bench_memory  # noqa: E402
 import bench_metrics  # noqa: E402
 import bench_repeat  # noqa: E402
-from bench_common import Ratio, has_markers, options, parse, ratios_of_processes, write_between  # noqa: E402
+from bench_common import Ratio, has_markers, options, parse, ratios_of_passes, write_between  # noqa: E402
 
 
 def test_a_slope_and_its_interval_are_those_of_scipy():
@@ -51,9 +51,9 @@ def test_a_figure_is_reproduced_where_the_intervals_meet():
 
 def test_spread_is_over_rounds_and_over_processes():
     ones = [1.0] * 5
-    assert ratios_of_processes([[1.0, 5.0, 5.0, 5.0, 9.0]], [ones]) == (3, 5, 7)  # one process: quartiles
-    assert ratios_of_processes([[1.0], [5.0], [5.0], [5.0], [9.0]], [[1.0]] * 5) == (1, 5, 9)  # medians reach further
-    within = ratios_of_processes([[2.0, 8.0, 3.0], [8.0, 2.0, 3.0]], [[1.0] * 3, [1.0] * 3])  # medians do not
+    assert ratios_of_passes([[1.0, 5.0, 5.0, 5.0, 9.0]], [ones]) == (3, 5, 7)  # one process: quartiles
+    assert ratios_of_passes([[1.0], [5.0], [5.0], [5.0], [9.0]], [[1.0]] * 5) == (1, 5, 9)  # medians reach further
+    within = ratios_of_passes([[2.0, 8.0, 3.0], [8.0, 2.0, 3.0]], [[1.0] * 3, [1.0] * 3])  # medians do not
     assert within == (2, 3, 8)
 
 

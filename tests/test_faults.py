@@ -130,6 +130,7 @@ def recovery(folder: Path, fault: str, note, capsys) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.alone
 @pytest.mark.parametrize("attempt", range(5))
 def test_a_killed_rank_is_back_within_15_seconds(attempt, healthy, tmp_path, record_property, capsys):
     done = launch(tmp_path, "kill:1:6", "train.steps=8", restarts=1)
