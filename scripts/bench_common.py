@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,6 +60,18 @@ def ratios_of_passes(numerator: Sequence[Sequence[float]], denominator: Sequence
     )
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: a killed benchmark must not slow the next one down."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def in_passes(rounds: int, passes: int, measure: Callable[..., Any], *given: Any) -> list[Any]:
     """What a function of a module returns in each of some fresh processes, one after another.
 
@@ -68,7 +81,7 @@ def in_passes(rounds: int, passes: int, measure: Callable[..., Any], *given: Any
     for number in range(passes):
         print(f"pass {number + 1} of {passes}", file=sys.stderr, flush=True)
         own = range(*(rounds * part // passes for part in (number, number + 1)))
-        with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        with multiprocessing.get_context("spawn").Pool(1, initializer=_end_with_parent) as fresh:
             found.append(fresh.apply(measure, (own, *given)))
     return found
 

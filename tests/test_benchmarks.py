@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -55,6 +56,46 @@ def test_spread_is_over_rounds_and_over_processes():
     assert ratios_of_passes([[1.0], [5.0], [5.0], [5.0], [9.0]], [[1.0]] * 5) == (1, 5, 9)  # medians reach further
     within = ratios_of_passes([[2.0, 8.0, 3.0], [8.0, 2.0, 3.0]], [[1.0] * 3, [1.0] * 3])  # medians do not
     assert within == (2, 3, 8)
+
+
+PASS = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from bench_common import in_passes
+
+def measure(rounds, place):
+    with open(place, "a") as file:
+        print(os.getpid(), list(rounds), file=file)
+    if rounds.stop == 5:
+        time.sleep(60)
+    return len(rounds)
+
+if __name__ == "__main__":
+    print(in_passes(int(sys.argv[3]), 2, measure, sys.argv[2]))
+"""
+
+
+def test_rounds_are_shared_out_among_processes_that_end_with_their_parent(tmp_path):
+    script, place = tmp_path / "script.py", tmp_path / "place"
+    script.write_text(PASS)
+    command = [sys.executable, str(script), str(ROOT / "scripts"), str(place)]
+    done = subprocess.run([*command, "3"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[1, 2]"
+    first, second = (line.split(maxsplit=1) for line in place.read_text().splitlines())
+    assert (first[1], second[1]) == ("[0]", "[1, 2]") and first[0] != second[0]
+
+    def wait_for(what):
+        end = time.monotonic() + 60
+        while not what():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    with subprocess.Popen([*command, "5"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        wait_for(lambda: len(place.read_text().splitlines()) == 4)
+        run.kill()
+    last = Path("/proc") / place.read_text().splitlines()[-1].split()[0]
+    if last.parent.is_dir():
+        wait_for(lambda: not last.exists() or "Z" in (last / "stat").read_text().split()[2])
 
 
 def test_only_what_is_between_the_markers_is_renewed(tmp_path):

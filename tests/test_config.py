@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -484,3 +485,14 @@ def test_slots_know_every_field_of_a_run():
     assert fields_of(slots["model"].config)["moe"].optional
     assert set(fields_of(slots["model"].config)["attention"].members) == {"grouped_query", "latent"}
     assert fields_of(fields_of(slots["model"].config)["moe"].config)["router"].is_router
+
+
+def test_threads_that_load_one_recipe_all_get_it_whole(tmp_path):
+    recipe = tmp_path / "slow.py"
+    recipe.write_text(
+        "import time\ntime.sleep(0.3)\nfrom tiny_runs import tiny_run\nfrom pathlib import Path\n\n"
+        "def run():\n    return tiny_run(Path(__file__).parent)\n"
+    )
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(load, [recipe] * 4))
+    assert len(runs) == 4 and all(run == runs[0] for run in runs)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import sys
+import threading
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -44,10 +45,14 @@ def router_name(config: RouterConfig) -> str:
     return module.removeprefix("moe.routers.")
 
 
+_loading = threading.RLock()
+"""Of a thread that runs a file: another one that wants the same file waits until all of it is there."""
+
+
 def load_file(path: Path, kind: str) -> ModuleType:
     """Run a Python file as a module, without touching sys.path and without leaving bytecode.
 
-    The same unchanged file gives the same module, so that its classes stay the same. Errors name the file and line.
+    The same unchanged file gives the same module, whole, so that its classes stay the same. Errors name the file and line.
     """
     try:
         source = path.read_bytes()
@@ -56,17 +61,18 @@ def load_file(path: Path, kind: str) -> ModuleType:
     path = path.resolve()
     digest = hashlib.sha256(str(path).encode() + b"\0" + source).hexdigest()[:16]
     name = f"{_FILE_PREFIX}{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    module = ModuleType(name)
-    module.__file__ = str(path)
-    sys.modules[name] = module
-    try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise file_error(error, path, kind) from error
-    return module
+    with _loading:
+        if name in sys.modules:
+            return sys.modules[name]
+        module = ModuleType(name)
+        module.__file__ = str(path)
+        sys.modules[name] = module
+        try:
+            exec(compile(source, str(path), "exec"), module.__dict__)
+        except (Exception, SystemExit) as error:
+            del sys.modules[name]
+            raise file_error(error, path, kind) from error
+        return module
 
 
 def file_error(error: BaseException, path: Path, kind: str, advice: str = "") -> ConfigError:
