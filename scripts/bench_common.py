@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from moe_cpu.product import peak_gigaflops as peak_of_tiles
 
 
 class Ratio(NamedTuple):
-    """Median and quartiles over rounds."""
+    """Median, and between what values it lies: `spread`, or `spread_of_passes`."""
 
     low: float
     middle: float
@@ -75,14 +76,15 @@ def _end_with_parent() -> None:
 def in_passes(rounds: int, passes: int, measure: Callable[..., Any], *given: Any) -> list[Any]:
     """What a function of a module returns in each of some fresh processes, one after another.
 
-    It is called with the rounds that are its own (a range; together they are all), and then with what is given.
+    It is called with the rounds that are its own (a range; together they are all), and then with what is given. What it
+    raises is raised here, sys.exit's message included; BrokenProcessPool if it is killed.
     """
     found = []
     for number in range(passes):
         print(f"pass {number + 1} of {passes}", file=sys.stderr, flush=True)
         own = range(*(rounds * part // passes for part in (number, number + 1)))
-        with multiprocessing.get_context("spawn").Pool(1, initializer=_end_with_parent) as fresh:
-            found.append(fresh.apply(measure, (own, *given)))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as fresh:
+            found.append(fresh.submit(measure, own, *given).result())
     return found
 
 
@@ -152,13 +154,13 @@ def options(doc: str | None, *, rounds: int = 0, passes: int = 0, cpu_time: str 
             metavar="N",
             help="that are counted, at least 2 (default: %(default)s)",
         )
+    parser.set_defaults(usual_passes=passes)
     if passes:
         parser.add_argument(
             "--passes",
             type=int,
-            default=passes,
             metavar="N",
-            help="processes that share the rounds (default: %(default)s)",
+            help=f"processes that share the rounds (default: {passes}, or as many as there are rounds)",
         )
     if cpu_time:
         parser.add_argument(
@@ -174,6 +176,8 @@ def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
     arguments = parser.parse_args()
     if getattr(arguments, "rounds", 2) < 2:
         parser.error("--rounds must be at least 2: quartiles need two values")
+    if arguments.usual_passes and arguments.passes is None:
+        arguments.passes = min(arguments.usual_passes, arguments.rounds)
     if not 1 <= getattr(arguments, "passes", 1) <= getattr(arguments, "rounds", 1):
         parser.error(f"--passes {arguments.passes}: at least 1, and a round for each (--rounds {arguments.rounds})")
     if arguments.write and not has_markers(arguments.write, name):

@@ -1,11 +1,11 @@
 """Time one expert layer, forward and backward: ours, transformers', and a dense layer of equal active FLOPs, interleaved.
 
     python scripts/bench_layer.py [--dtype float32 bfloat16] [--threads 1 2] [--tokens same new] [--rounds 15] [--json FILE]
-    python scripts/bench_layer.py --issue [--peers] [--write docs/benchmarks.md]
+    python scripts/bench_layer.py --issue --peers [--write docs/benchmarks.md]
 
 Every round runs each contender once, in rotating order, so that a machine that slows down slows all of them down. The rounds
 are done in `--passes` fresh processes, one after another, each over all shapes: where a process's memory lies, and which minute
-it is, move a figure by up to a tenth, and belong to its spread. What is reported is each contender's speed as a share of the
+it is, move a figure by a tenth and more, and belong to its spread. What is reported is each contender's speed as a share of the
 dense layer's: the median over rounds of dense time / its time, with quartiles, or with the lowest and the highest median of a
 process where they are further out. The contenders that compute the same function are compared first; if they disagree nothing
 is timed.
@@ -251,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
         default=list(range(len(SHAPES))),
         help=f"T, D, F, E, K by number ({shapes}; default: all)",
     )
-    parser.add_argument("--issue", action="store_true", help="everything that docs/benchmarks.md has of this script")
+    parser.add_argument("--issue", action="store_true", help="both types at one thread and at two")
     parser.add_argument(
         "--peers",
         nargs="*",

@@ -53,7 +53,7 @@ def figures(rows: list[Row]) -> dict[str, Ratio]:
         rows, lambda row: (row.dtype, row.threads, row.tokens, row.shape)
     ):
         case = f"{dtype}, {threads} threads, {tokens} tokens, {shape}"
-        found |= {f"{row.contender}, {case}": row.share for row in group}
+        found |= {f"{row.contender}, {case}": row.share for row in group if row.contender != "dense"}
         found[f"ours / their best, {case}"] = best_peer(group).ours
     return found
 

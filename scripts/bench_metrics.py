@@ -3,11 +3,11 @@
     python scripts/bench_metrics.py [--rounds 12] [--passes 6] [--cpu-time] [--json FILE] [--write docs/benchmarks.md]
 
 Two runs through `moe.train.train`, one after the other, with routing logged every 10 steps as it comes: the step of bench_step.py
-(T 4,096, D 256, 8 layers), and recipes/smoke.py (T 2,048, D 64, 2 layers), whose steps are some fifty times shorter. A round
-is ten steps, so each has one step that logs routing; the rounds are shared out among `--passes` fresh processes, and the first
-of each, in which the ledger counts FLOPs, is left out. Timers are around the functions below, none of which calls another; a
-step is what passes between two lines of metrics.jsonl. Evaluations and checkpoints have their own intervals and are not part of
-a step.
+(T 4,096, D 256, 8 layers), and recipes/smoke.py (T 2,048, D 64, 2 layers), whose steps are some sixty times shorter. A round is
+ten steps, so each has one step that logs routing; the rounds are shared out among `--passes` fresh processes, and the first of
+each, in which the ledger counts FLOPs, is left out. Timers are around the functions below, none of which calls another; a step
+is what passes between two lines of metrics.jsonl. Evaluations and checkpoints have their own intervals and are not part of a
+step.
 """
 
 import sys

@@ -5,8 +5,8 @@
 One thread, float32. Around T 2048, D 256, F 512, E 8, K 2: T; K (of 16 experts); E at the same active FLOPs; D; F; and S, a whole
 block with attention over 4,096 tokens in rows of S. A time is given as a multiple of that of one point of its line in the same
 round; rounds go through all points of all lines, in `--passes` fresh processes. Ranks: recipes/smoke.py with 64 rows a step,
-in all, on one process and on two (gloo), a thread each, in turns. With --write the plot is bench_scaling.png in the folder of
-the page's name beside it.
+in all, on one process and on two (gloo), a thread each, in turns, as many times as there are passes. With --write the plot is
+bench_scaling.png in the folder of the page's name beside it.
 """
 
 import json
@@ -193,7 +193,8 @@ def page(points: dict[tuple[str, int], Point], ranks: tuple[float, float, Ratio]
         multiples = (f"{size}: {'1' if size == REFERENCE[name] else points[name, size].relative}" for size in sizes)
         lines.append(f"| {name} | {' · '.join(multiples)} | {points[name, REFERENCE[name]].milliseconds:.0f} |")
     one, two, quotient = ranks
-    lines += ["", "| 1 rank, tokens/s | 2 ranks, gloo, a thread each | 2 over 1 |", "| --- | --- | --- |"]
+    lines += ["", "| 1 rank, tokens/s | 2 ranks, gloo, a thread each | 2 over 1, of runs made in turns |"]
+    lines += ["| --- | --- | --- |"]
     return "\n".join([*lines, f"| {one:,.0f} | {two:,.0f} | {quotient} |"])
 
 
@@ -208,7 +209,11 @@ def main() -> None:
     print(text)
     if arguments.write:
         plot(points, arguments.write.with_suffix("") / f"{NAME}.png")
-    lines = {f"{name} {size} over {name} {REFERENCE[name]}": point.relative for (name, size), point in points.items()}
+    lines = {
+        f"{name} {size} over {name} {REFERENCE[name]}": point.relative
+        for (name, size), point in points.items()
+        if size != REFERENCE[name]
+    }
     keep(arguments, NAME, text, {"facts": facts, "figures": {**lines, "2 ranks over 1": ranks[2]}})
 
 

@@ -48,6 +48,9 @@ def known_state(request):
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the tests marked `full`")
+    parser.addoption(
+        "--alone", action="store_true", help="of those, only the tests marked `alone`, which workers leave out"
+    )
 
 
 LONGEST_FIRST = ("test_kernels_interpreted.py", "test_layouts.py", "test_gpu_check.py", "test_compile_gate.py")
@@ -57,15 +60,22 @@ LONGEST_FIRST = ("test_kernels_interpreted.py", "test_layouts.py", "test_gpu_che
 def pytest_collection_modifyitems(config, items):
     rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
-    if config.getoption("--full"):
-        if getattr(config, "workerinput", {}).get("workercount", 1) > 1:
-            items[:] = [item for item in items if not item.get_closest_marker("alone")]
-        return
-    left_out = [item for item in items if item.get_closest_marker("full")]
+    if not config.getoption("--full"):
+        left_out = leave_out(config, items, lambda item: item.get_closest_marker("full"))
+        config.stash[LEFT_OUT] = len(left_out)
+    elif config.getoption("--alone"):
+        leave_out(config, items, lambda item: not item.get_closest_marker("alone"))
+    elif hasattr(config, "workerinput"):
+        leave_out(config, items, lambda item: item.get_closest_marker("alone"))
+
+
+def leave_out(config, items, which):
+    """Deselect some of the tests, and return those."""
+    left_out = [item for item in items if which(item)]
     if left_out:
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        items[:] = [item for item in items if not which(item)]
         config.hook.pytest_deselected(items=left_out)
-    config.stash[LEFT_OUT] = len(left_out)
+    return left_out
 
 
 def pytest_sessionfinish(session):

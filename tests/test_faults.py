@@ -149,6 +149,7 @@ LAYOUTS = {
 
 
 @pytest.mark.full
+@pytest.mark.alone
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_hung_rank_is_named_and_the_run_goes_on(layout, tmp_path, record_property, capsys):
     override, collective = LAYOUTS[layout]

@@ -46,7 +46,7 @@ def router_name(config: RouterConfig) -> str:
 
 
 _loading = threading.RLock()
-"""Of a thread that runs a file: another one that wants the same file waits until all of it is there."""
+"""Of a thread that runs a file: another one that wants a file waits until all of it is there."""
 
 
 def load_file(path: Path, kind: str) -> ModuleType:
