@@ -68,6 +68,8 @@ def measure(rounds, place):
         print(os.getpid(), list(rounds), file=file)
     if rounds.stop == 5:
         time.sleep(600)
+    if rounds.stop == 7:
+        sys.exit("ours and theirs differ")
     return len(rounds)
 
 if __name__ == "__main__":
@@ -83,6 +85,9 @@ def test_rounds_are_shared_out_among_processes_that_end_with_their_parent(tmp_pa
     assert done.stdout.strip() == "[1, 2]"
     first, second = (line.split(maxsplit=1) for line in place.read_text().splitlines())
     assert (first[1], second[1]) == ("[0]", "[1, 2]") and first[0] != second[0]
+
+    done = subprocess.run([*command, "7"], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1 and done.stderr.endswith("ours and theirs differ\n")
 
     def wait_for(what):
         end = time.monotonic() + 60
