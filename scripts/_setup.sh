@@ -5,7 +5,7 @@
 # A torch >= 2.11 that is already in .venv is kept. To change a .venv's torch, delete .venv first.
 
 set -euo pipefail
-unset PYTHONDONTWRITEBYTECODE # pip compiles nothing (below), so every process would compile what it imports: torch alone takes 2 s
+unset PYTHONDONTWRITEBYTECODE # pip compiles nothing (below), so every process would compile what it imports: torch alone takes 3 s more
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 python=$venv/bin/python

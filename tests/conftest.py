@@ -58,6 +58,8 @@ LONGEST_FIRST = ("test_kernels_interpreted.py", "test_layouts.py", "test_gpu_che
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--alone") and not config.getoption("--full"):
+        raise pytest.UsageError("--alone goes with --full: tests marked `alone` are of the full tier")
     rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     if not config.getoption("--full"):

@@ -77,17 +77,31 @@ if __name__ == "__main__":
 """
 
 
-def test_rounds_are_shared_out_among_processes_that_end_with_their_parent(tmp_path):
+@pytest.fixture
+def passes(tmp_path):
+    """The command that shares rounds out in two passes, without their number, and where each pass writes."""
     script, place = tmp_path / "script.py", tmp_path / "place"
     script.write_text(PASS)
-    command = [sys.executable, str(script), str(ROOT / "scripts"), str(place)]
+    place.touch()
+    return [sys.executable, str(script), str(ROOT / "scripts"), str(place)], place
+
+
+def test_rounds_are_shared_out_among_fresh_processes(passes):
+    command, place = passes
     done = subprocess.run([*command, "3"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[1, 2]"
     first, second = (line.split(maxsplit=1) for line in place.read_text().splitlines())
     assert (first[1], second[1]) == ("[0]", "[1, 2]") and first[0] != second[0]
 
-    done = subprocess.run([*command, "7"], capture_output=True, text=True, check=False, timeout=120)
+
+def test_a_pass_that_refuses_ends_the_benchmark_with_its_message(passes):
+    done = subprocess.run([*passes[0], "7"], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1 and done.stderr.endswith("ours and theirs differ\n")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for a process in /proc")
+def test_a_pass_ends_with_the_process_that_started_it(passes):
+    command, place = passes
 
     def wait_for(what):
         end = time.monotonic() + 60
@@ -95,7 +109,6 @@ def test_rounds_are_shared_out_among_processes_that_end_with_their_parent(tmp_pa
             assert time.monotonic() < end
             time.sleep(0.05)
 
-    place.write_text("")
     with subprocess.Popen([*command, "5"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         wait_for(lambda: len(place.read_text().splitlines()) == 2)
         run.kill()
@@ -108,6 +121,16 @@ def test_rounds_are_shared_out_among_processes_that_end_with_their_parent(tmp_pa
             return True
 
     wait_for(is_gone)
+
+
+def test_passes_are_at_most_as_many_as_rounds(monkeypatch, capsys):
+    for given, passes in ((["--rounds", "3"], 3), ([], 6), (["--passes", "2"], 2)):
+        monkeypatch.setattr(sys, "argv", ["bench", *given])
+        assert parse(options("", rounds=12, passes=6), "bench").passes == passes
+    monkeypatch.setattr(sys, "argv", ["bench", "--rounds", "3", "--passes", "4"])
+    with pytest.raises(SystemExit):
+        parse(options("", rounds=12, passes=6), "bench")
+    assert "--passes 4: at least 1, and a round for each (--rounds 3)" in capsys.readouterr().err
 
 
 def test_only_what_is_between_the_markers_is_renewed(tmp_path):
